@@ -1,0 +1,1 @@
+"""The arena: where spears meet shields, and what is measured, stored and doubted about it."""

@@ -1,0 +1,139 @@
+"""What a run amounts to, as plain data: the only thing the report and the exports read."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rate(_Data):
+    """A share of `n` samples with its two-sided confidence interval (`low`, `high`; all in [0, 1])."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Calibration(_Data):
+    """Confidence quality of a set of predictions: ECE (15 equal-width bins), Brier score, log-likelihood."""
+
+    ece: float
+    brier: float
+    nll: float
+    n: int
+
+
+class CellSummary(_Data):
+    """One spear against one shield under one threat.
+
+    `asr_all` divides verdict successes by all samples (clean errors count as successes), `asr_correct`
+    divides the successes among initially correct samples by the number of initially correct samples.
+    Distances are medians over the samples that fell; `rho` is DeepFool's mean of ||r||_2 / ||x||_2 over them.
+    Counts are means per sample; `seconds` is the total for the cell.
+    """
+
+    cell: str
+    shield: str
+    spear: str
+    norm: str
+    eps: float | None
+    targeted: bool
+    rule: str
+    draws: int
+    clean: Rate
+    robust: Rate
+    asr_all: Rate
+    asr_correct: Rate
+    median_distance: float | None
+    rho: float | None
+    forwards: float
+    backwards: float
+    queries: float
+    seconds: float
+    statuses: dict[str, int]
+    calibration_clean: Calibration | None
+    calibration_adversarial: Calibration | None
+    reference: bool
+    command: str
+
+
+class WorstCase(_Data):
+    """A shield under a threat against all its spears at once: a sample is robust when no spear felled it."""
+
+    shield: str
+    norm: str
+    eps: float | None
+    clean: Rate
+    robust: Rate
+    strongest: str
+
+
+class Curve(_Data):
+    """Robust accuracy against radius for one spear and shield (from least distances or several radii)."""
+
+    shield: str
+    spear: str
+    norm: str
+    eps: list[float]
+    robust: list[float]
+
+
+class Reliability(_Data):
+    """A reliability diagram: per bin mean confidence, accuracy and count; `kind` is clean or adversarial."""
+
+    shield: str
+    spear: str
+    kind: str
+    confidence: list[float]
+    accuracy: list[float]
+    count: list[int]
+
+
+class Finding(_Data):
+    """A diagnostic's sentence with the next action; `level` is ok, note, warning or alarm."""
+
+    name: str
+    level: str
+    shield: str
+    spear: str | None
+    sentence: str
+    action: str
+
+
+class Picture(_Data):
+    """Where to find an adversarial example: cell folder, row in its npz part, labels and predictions."""
+
+    cell: str
+    shield: str
+    spear: str
+    part: str
+    row: int
+    sample_id: int
+    label: int
+    clean_pred: int
+    adv_pred: int
+    distance: float
+
+
+class RunSummary(_Data):
+    """A whole run: where it came from, cells, worst cases, curves, calibration, findings, pictures."""
+
+    name: str
+    created: str
+    command: str
+    seed: int
+    versions: dict[str, str]
+    data: dict[str, str]
+    shields: dict[str, dict[str, str]]
+    classes: list[str]
+    complete: bool
+    cells: list[CellSummary]
+    worst: list[WorstCase]
+    curves: list[Curve]
+    reliability: list[Reliability]
+    findings: list[Finding]
+    pictures: list[Picture]
