@@ -1,0 +1,196 @@
+"""What is typed after a command, turned into the recipe that the arena runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from maodun.app import options as o
+from maodun.core.errors import InputError
+
+if TYPE_CHECKING:
+    from maodun.arena.recipe import Recipe
+
+
+def parse_value(text: str) -> Any:
+    """Return `text` as the number, boolean, null or word that YAML reads it as."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def parse_options(pairs: Sequence[str], *, thing: str) -> dict[str, Any]:
+    """Return {key: value} from "key=value" words; `thing` names the flag in the error for any other word."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key.strip() or not equals:
+            raise InputError(
+                f"{thing} '{pair}'", "is not of the form key=value", f"write {thing} steps=40, for example"
+            )
+        options[key.strip().replace("-", "_")] = parse_value(value)
+    return options
+
+
+def parse_named(text: str, *, thing: str) -> tuple[str, dict[str, Any]]:
+    """Return name and options of "name:key=value:key=value", as in "pgd:steps=10:restarts=2"."""
+    name, *pairs = text.split(":")
+    if not name.strip():
+        raise InputError(f"{thing} '{text}'", "has no name", f"write {thing} pgd:steps=10, for example")
+    return name.strip(), parse_options(pairs, thing=thing)
+
+
+def parse_attacks(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return (name, options) for each attack in a comma-separated list, as in "pgd:steps=10,deepfool"."""
+    return [parse_named(part, thing="--attack") for part in text.split(",") if part.strip()]
+
+
+def parse_radii(text: str | None) -> list[float]:
+    """Return the radii in a comma-separated list such as "4/255,8/255"; None is any radius."""
+    from maodun.arena.recipe import parse_radius
+
+    if text is None:
+        return [parse_radius(None)]
+    radii = []
+    for part in text.split(","):
+        try:
+            radii.append(parse_radius(part.strip()))
+        except ValueError as error:
+            raise InputError(
+                f"eps '{part.strip()}'", str(error), "give a radius >= 0 in [0, 1] input units, as 8/255"
+            ) from None
+    return radii
+
+
+def parse_batch_size(text: str) -> int | None:
+    """Return None for "auto", else the positive number of samples per batch."""
+    if text.strip().lower() == "auto":
+        return None
+    try:
+        size = int(text)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise InputError(f"--batch-size '{text}'", "is neither 'auto' nor a positive number", "leave it out for auto")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags that say what is run: with the code and the data they decide every number of the result."""
+
+    model: o.Model
+    data: o.Data
+    norm: o.Norm = "linf"
+    eps: o.Eps = None
+    attack: o.Attack = "autoattack"
+    weights: o.Weights = None
+    model_option: o.ModelOption = None
+    defense: o.Defense = "none"
+    split: o.Split = "test"
+    limit: o.Limit = None
+    targeted: o.Targeted = False
+    gradient: o.Gradient = "exact"
+    eot: o.Eot = 1
+    rule: o.Rule = "auto"
+    draws: o.Draws = 10
+    seed: o.Seed = 0
+    batch_size: o.BatchSize = "auto"
+    precision: o.Precision = "float32"
+    channels_last: o.ChannelsLast = False
+    compile: o.Compile = False
+    diagnostics: o.Diagnostics = True
+
+    def recipe(self) -> Recipe:
+        """Return the one-shield recipe these flags mean; raises InputError for what cannot be run."""
+        from maodun.arena.recipe import make_recipe
+
+        attacks = parse_attacks(self.attack)
+        if not attacks:
+            raise InputError("--attack", "names no attack", "choose from 'maodun list attacks'")
+        defense, options = parse_named(self.defense, thing="--defense")
+        repeated = len({name for name, _ in attacks}) < len(attacks)
+        spears = [
+            {
+                "attack": name,
+                "options": chosen,
+                "gradient": self.gradient,
+                "eot": self.eot,
+                "name": _spell(name, chosen) if repeated else "",
+            }
+            for name, chosen in attacks
+        ]
+        shield = {
+            "model": self.model,
+            "weights": self.weights,
+            "model_options": parse_options(self.model_option or (), thing="--model-option"),
+            "defense": defense,
+            "options": options,
+        }
+        threats = [{"norm": self.norm, "eps": eps, "targeted": self.targeted} for eps in parse_radii(self.eps)]
+        return make_recipe(
+            {
+                "name": f"{self.model} on {self.data}",
+                "seed": self.seed,
+                "data": {"spec": self.data, "split": self.split, "limit": self.limit},
+                "threats": threats,
+                "shields": [shield],
+                "spears": spears,
+                "verdict": {"rule": self.rule, "draws": self.draws},
+                "diagnostics": self.diagnostics,
+                "compute": {
+                    "precision": self.precision,
+                    "batch_size": parse_batch_size(self.batch_size),
+                    "channels_last": self.channels_last,
+                    "compile": self.compile,
+                },
+            },
+            source="command line",
+        )
+
+
+def _spell(name: str, options: dict[str, Any]) -> str:
+    return ":".join([name, *(f"{key}={value}" for key, value in options.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """The flags that say how a run is carried out: they change no number of it."""
+
+    out: o.Out = None
+    save: o.Save = None
+    device: o.Device = "cpu"
+    progress: o.Show = o.Progress.bar
+    quiet: o.Quiet = False
+
+
+def flags_of(function: Callable[..., None]) -> Callable[..., None]:
+    """Give `function`, which takes dataclasses of flags, a flag per field: so no flag is written twice.
+
+    The result takes the fields as keyword arguments, which is the form Typer reads flags from.
+    """
+    kinds = [kind for name, kind in get_type_hints(function).items() if name != "return"]
+
+    @functools.wraps(function)
+    def command(**words: Any) -> None:
+        function(*(kind(**{field.name: words[field.name] for field in fields(kind)}) for kind in kinds))
+
+    parameters = []
+    for kind in kinds:
+        hints = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            word = inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+            )
+            parameters.append(word)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {word.name: word.annotation for word in parameters}
+    del command.__wrapped__  # type: ignore[attr-defined]
+    return command
