@@ -1,0 +1,208 @@
+"""How the adversary gets a gradient: exactly, through randomness, around broken pieces, or from scores alone.
+
+An estimator turns `heads(logits, index) -> (B, K)`, scalar functions of one micro-batch's logits, into their values and
+their gradients with respect to the input. It calls the model only through the Port it is handed, which counts
+every pass, checks the budget and keys the randomness. `index` (B,) are row numbers, so heads can look up their
+own per-sample tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from maodun.core.streams import Stream
+
+Heads = Callable[[Tensor, Tensor], Tensor]
+Estimate = tuple[Tensor, Tensor, list[Tensor]]
+
+
+class Port(Protocol):
+    """What an estimator may do with the model for one micro-batch."""
+
+    model: nn.Module
+
+    def forward(self, x: Tensor, index: Tensor, draws: int = 1) -> Tensor:
+        """Return float32 logits of `x` for rows `index`; counts one forward per row (rows repeat `draws` times)."""
+
+    def count_backward(self, index: Tensor, passes: int, draws: int = 1) -> None:
+        """Note backward passes per row, before they are made."""
+
+    def noise(self, purpose: str) -> Stream:
+        """Return the search stream of a purpose."""
+
+    def ids(self, index: Tensor) -> Tensor:
+        """Return the sample ids of rows."""
+
+    def calls(self, index: Tensor) -> Tensor:
+        """Return how many forwards each row has had: the number of its next draw."""
+
+
+class Estimator(Protocol):
+    """A way to obtain gradients."""
+
+    @property
+    def needs(self) -> str:
+        """The access level this estimator requires."""
+
+    @property
+    def draws(self) -> int:
+        """How many times a row stands in one call of the model."""
+
+    def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
+        """Return logits (B x C), values (B x K) and K gradients shaped like `x`."""
+
+
+def _autograd(values: Tensor, x: Tensor) -> list[Tensor]:
+    heads = values.shape[1]
+    grads = []
+    for k in range(heads):
+        (grad,) = torch.autograd.grad(values[:, k].sum(), x, retain_graph=k + 1 < heads, allow_unused=True)
+        grads.append(torch.zeros_like(x) if grad is None else grad)
+    return grads
+
+
+def _value_and_grads(port: Port, x: Tensor, index: Tensor, heads: Heads, draws: int) -> Estimate:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        logits = port.forward(x, index, draws)
+        values = heads(logits, index)
+        if not values.requires_grad:
+            # The graph is broken (a non-differentiable model): the honest gradient is zero, and diagnostics say so.
+            return logits.detach(), values.detach(), [torch.zeros_like(x) for _ in range(values.shape[1])]
+        port.count_backward(index, values.shape[1], draws)
+        grads = _autograd(values, x)
+    return logits.detach(), values.detach(), grads
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Backpropagation through the model as it is: one forward, one backward per head."""
+
+    needs: str = field(default="gradient", init=False)
+    draws: int = field(default=1, init=False)
+
+    def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
+        """Return logits, values and exact gradients."""
+        return _value_and_grads(port, x, index, heads, 1)
+
+
+@dataclass(frozen=True)
+class BPDA:
+    """Backward pass differentiable approximation (Athalye et al., ICML 2018).
+
+    Every module with a `bpda_partner(x)` method (or named in `partners`: module name -> function of its input) keeps
+    its own forward value but takes its derivative from the partner.
+    """
+
+    partners: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    needs: str = field(default="gradient", init=False)
+    draws: int = field(default=1, init=False)
+
+    def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
+        """Return logits, values and gradients through the partners."""
+        with straight_through(port.model, self.partners or {}):
+            return _value_and_grads(port, x, index, heads, 1)
+
+
+@contextmanager
+def straight_through(model: nn.Module, partners: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Give every module that has a partner its partner's derivative for as long as the context lasts."""
+
+    def hook(partner: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        def replace(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            smooth = partner(inputs[0])
+            return smooth + (output - smooth).detach()
+
+        return replace
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            partner = partners.get(name, getattr(module, "bpda_partner", None))
+            if partner is not None:
+                stack.callback(module.register_forward_hook(hook(partner)).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class EOT:
+    """Expectation over transformation: the mean gradient of the loss over `draws` draws (Athalye et al., ICML 2018).
+
+    The mean is of losses and gradients, not the loss of mean logits; the logits returned are the mean. `inner` is
+    Exact() or BPDA(). All draws of a micro-batch pass through the model at once.
+    """
+
+    inner: Exact | BPDA = field(default_factory=Exact)
+    draws: int = 20
+    needs: str = field(default="gradient", init=False)
+
+    def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
+        """Return mean logits, mean values and mean gradients over the draws."""
+        rows, draws = x.shape[0], self.draws
+        wide = index.repeat_interleave(draws)
+        with ExitStack() as stack:
+            if isinstance(self.inner, BPDA):
+                stack.enter_context(straight_through(port.model, self.inner.partners or {}))
+            logits, values, grads = _value_and_grads(port, x.repeat_interleave(draws, 0), wide, heads, draws)
+        return (
+            logits.reshape(rows, draws, -1).mean(1),
+            values.reshape(rows, draws, -1).mean(1),
+            [grad.reshape(rows, draws, *x.shape[1:]).mean(1) for grad in grads],
+        )
+
+
+@dataclass(frozen=True)
+class _FiniteDifferences:
+    samples: int = 64
+    sigma: float = 0.001
+    needs: str = field(default="scores", init=False)
+    draws: int = field(default=1, init=False)
+
+    def _directions(self, stream: Stream, ids: Tensor, shape: tuple[int, ...], step: Tensor) -> Tensor:
+        raise NotImplementedError("a subclass draws the directions")
+
+    def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
+        """Return logits, values and gradients estimated from 2 * (samples // 2) further queries per row."""
+        with torch.no_grad():
+            logits = port.forward(x, index)
+            values = heads(logits, index)
+            grads = [torch.zeros_like(x) for _ in range(values.shape[1])]
+            pairs = max(1, self.samples // 2)
+            stream, ids = port.noise(type(self).__name__), port.ids(index)
+            for _ in range(pairs):
+                step = port.calls(index)
+                u = self._directions(stream, ids, tuple(x.shape[1:]), step).to(x)
+                up = heads(port.forward((x + self.sigma * u).clamp_(0.0, 1.0), index), index)
+                down = heads(port.forward((x - self.sigma * u).clamp_(0.0, 1.0), index), index)
+                weight = (up - down) / (2.0 * self.sigma * pairs)
+                for k, grad in enumerate(grads):
+                    grad.addcmul_(u, weight[:, k].reshape(-1, *([1] * (x.ndim - 1))))
+        return logits, values, grads
+
+
+@dataclass(frozen=True)
+class NES(_FiniteDifferences):
+    """Natural evolution strategies: antithetic Gaussian finite differences (Ilyas et al., ICML 2018).
+
+    `samples` queries per estimate (in pairs), smoothing `sigma` in input units. Each row's loss is its own: nothing
+    is summed over the batch. Probes are clipped to [0, 1], as a deployed model would insist.
+    """
+
+    def _directions(self, stream: Stream, ids: Tensor, shape: tuple[int, ...], step: Tensor) -> Tensor:
+        return stream.normal(ids, shape, step)
+
+
+@dataclass(frozen=True)
+class SPSA(_FiniteDifferences):
+    """Simultaneous perturbation: antithetic Rademacher finite differences (Spall, 1992; Uesato et al., ICML 2018)."""
+
+    samples: int = 128
+    sigma: float = 0.01
+
+    def _directions(self, stream: Stream, ids: Tensor, shape: tuple[int, ...], step: Tensor) -> Tensor:
+        return stream.signs(ids, shape, step)

@@ -1,0 +1,317 @@
+"""What the adversary may ask: a model behind an access level, a gradient estimator, a meter and a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from maodun.core import context
+from maodun.core.errors import InputError
+from maodun.core.estimators import BPDA, EOT, NES, SPSA, Estimate, Estimator, Exact, Heads
+from maodun.core.sizing import automatic_batch_size
+from maodun.core.streams import Stream
+
+__all__ = [
+    "BPDA",
+    "EOT",
+    "NES",
+    "SPSA",
+    "Budget",
+    "BudgetExceededError",
+    "Exact",
+    "Meter",
+    "Oracle",
+    "Session",
+    "evaluation_mode",
+]
+
+ACCESS = ("gradient", "scores", "decision")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most forwards, backwards and queries one sample may cost an attack; None means unlimited."""
+
+    forwards: int | None = None
+    backwards: int | None = None
+    queries: int | None = None
+
+
+class BudgetExceededError(Exception):
+    """Raised before a call that some rows cannot pay for; `rows` are their row numbers. The engine catches it."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        super().__init__("budget exceeded")
+
+
+@dataclass
+class Meter:
+    """Per-sample counts (int64, N): all forwards, all backwards, and the forwards asked without gradient (queries)."""
+
+    forwards: Tensor
+    backwards: Tensor
+    queries: Tensor
+
+    @staticmethod
+    def zeros(n: int, device: torch.device) -> Meter:
+        """Return a meter for `n` samples at zero."""
+        return Meter(*(torch.zeros(n, dtype=torch.int64, device=device) for _ in range(3)))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in eval mode and freeze every parameter; restore each flag exactly on leaving."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def is_stochastic(model: nn.Module) -> bool:
+    """Tell whether any submodule declares `stochastic = True`."""
+    return any(getattr(module, "stochastic", False) is True for module in model.modules())
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A model as the adversary meets it.
+
+    `model` maps [0, 1] inputs (N x ...) to logits (N x C). `access` is gradient, scores or decision. `gradient` is
+    Exact(), BPDA(), EOT(), NES() or SPSA(). `budget` bounds each sample's cost. `batch_size` is the micro-batch of one
+    model call (None: chosen from the model's activations). `precision` "bf16" searches under autocast (verdicts
+    stay in float32). `channels_last` None means on for 4-D inputs to convolutions on a CPU. `compile` uses
+    torch.compile. `stochastic` None means: declared by a module or seen in two different answers. `keep_mode` leaves
+    the modules' training flags alone. InputError when access and estimator do not fit, or BatchNorm is in train mode.
+    """
+
+    model: nn.Module
+    access: str = "gradient"
+    gradient: Estimator = field(default_factory=Exact)
+    budget: Budget = field(default_factory=Budget)
+    batch_size: int | None = None
+    precision: str = "float32"
+    channels_last: bool | None = None
+    compile: bool = False
+    stochastic: bool | None = None
+    keep_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if self.access not in ACCESS:
+            raise InputError(f"access '{self.access}'", "is not an access level", "use gradient, scores or decision")
+        if self.precision not in ("float32", "bf16"):
+            raise InputError(f"precision '{self.precision}'", "is not offered", "use float32 or bf16")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch size {self.batch_size}", "must be at least 1", "leave it out to have it chosen")
+        if not isinstance(self.model, nn.Module):
+            raise InputError(
+                "model", f"is a {type(self.model).__name__}, not a torch.nn.Module", "wrap it in an nn.Module"
+            )
+        if not self.keep_mode:
+            refuse_training_batchnorm(self.model)
+
+    @property
+    def reference(self) -> bool:
+        """Whether the search runs in the reference numerics (float32, not compiled)."""
+        return self.precision == "float32" and not self.compile
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Hold the model in evaluation mode with frozen parameters for the time of a run."""
+        with nullcontext() if self.keep_mode else evaluation_mode(self.model):
+            yield
+
+    def session(self, x: Tensor, ids: Tensor, seed: int) -> Session:
+        """Open a run on the samples `x` (N x ...) with sample ids `ids` (N,)."""
+        return Session(self, x, ids, seed)
+
+
+def refuse_training_batchnorm(model: nn.Module) -> None:
+    """Raise InputError when a BatchNorm layer is in training mode: its output would depend on the batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise InputError(
+                "model",
+                f"is in training mode and contains BatchNorm ('{name}'), so answers depend on the batch",
+                "call model.eval() first",
+            )
+
+
+class Session:
+    """One run's live connection: counts, budget, micro-batches, precision and keyed randomness."""
+
+    def __init__(self, oracle: Oracle, x: Tensor, ids: Tensor, seed: int) -> None:
+        self.oracle, self.sample_ids, self.seed = oracle, ids, seed
+        self.model: nn.Module = cast(nn.Module, torch.compile(oracle.model)) if oracle.compile else oracle.model
+        self.meter = Meter.zeros(x.shape[0], x.device)
+        self.keyed = is_stochastic(oracle.model)
+        self.stochastic = self.keyed if oracle.stochastic is None else oracle.stochastic
+        conv = any(isinstance(module, nn.Conv2d) for module in oracle.model.modules())
+        automatic = x.ndim == 4 and conv and x.device.type == "cpu"
+        self.channels_last = automatic if oracle.channels_last is None else oracle.channels_last and x.ndim == 4
+        self.batch_size = oracle.batch_size or automatic_batch_size(oracle.model, x)
+        self.purpose = "search"
+        self._limited = oracle.budget != Budget()
+
+    # -- what estimators see (the Port) ------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, index: Tensor, draws: int = 1, query: bool = False) -> Tensor:
+        """Return float32 logits of one micro-batch whose rows are `index`, counted once per row."""
+        number = self.meter.forwards[index]
+        if draws > 1:
+            number = number + torch.arange(draws, device=index.device).repeat(index.shape[0] // draws)
+        rows = index if draws == 1 else index[::draws]
+        if self._limited:
+            self._afford(rows, self.oracle.budget.forwards, self.meter.forwards, draws)
+            self._afford(rows, self.oracle.budget.queries if query else None, self.meter.queries, draws)
+        self.meter.forwards[rows] += draws
+        if query:
+            self.meter.queries[rows] += draws
+        return self.call(x, index, number)
+
+    def call(self, x: Tensor, index: Tensor, number: Tensor) -> Tensor:
+        """Pass `x` through the model in the oracle's numerics, draws keyed by id and `number`; counts nothing."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with ExitStack() as stack:
+            if self.stochastic:
+                stack.enter_context(randomness(self.noise(self.purpose), self.sample_ids[index], number, self.keyed))
+            if self.oracle.precision == "bf16":
+                stack.enter_context(torch.autocast(x.device.type, dtype=torch.bfloat16))
+            logits: Tensor = self.model(x)
+        return logits.float()
+
+    def count_backward(self, index: Tensor, passes: int, draws: int = 1) -> None:
+        """Note `passes` backward passes for each row (times the draws) before they are made."""
+        rows = index if draws == 1 else index[::draws]
+        if self._limited:
+            self._afford(rows, self.oracle.budget.backwards, self.meter.backwards, passes * draws)
+        self.meter.backwards[rows] += passes * draws
+
+    def noise(self, purpose: str) -> Stream:
+        """Return the stream of a purpose under the run's seed."""
+        return Stream(self.seed, purpose)
+
+    def ids(self, index: Tensor) -> Tensor:
+        """Return the sample ids of rows."""
+        return self.sample_ids[index]
+
+    def calls(self, index: Tensor) -> Tensor:
+        """Return the forwards each row has had so far."""
+        return self.meter.forwards[index]
+
+    # -- what problems ask -------------------------------------------------------------------------------------------
+
+    def logits(self, x: Tensor, rows: Tensor, draws: int = 1) -> Tensor:
+        """Return the logits of every row without gradients (mean over `draws`), in micro-batches."""
+        if self.oracle.access == "decision":
+            raise InputError("scores", "this oracle only tells decisions", "use an attack that needs decisions only")
+        return self._score(x, rows, draws).mean(1)
+
+    def draws(self, x: Tensor, rows: Tensor, draws: int) -> Tensor:
+        """Return the logits of `draws` fresh draws of every row: N x draws x C."""
+        return self._score(x, rows, draws)
+
+    def decisions(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return the predicted class of every row."""
+        return self._score(x, rows, 1)[:, 0].argmax(1)
+
+    def _score(self, x: Tensor, rows: Tensor, draws: int) -> Tensor:
+        parts = []
+        with torch.no_grad():
+            for part in self._chunks(x.shape[0], draws):
+                wide = x[part] if draws == 1 else x[part].repeat_interleave(draws, 0)
+                index = rows[part] if draws == 1 else rows[part].repeat_interleave(draws)
+                parts.append(self.forward(wide, index, draws, query=True))
+        return torch.cat(parts).reshape(x.shape[0], draws, -1)
+
+    def estimate(self, x: Tensor, rows: Tensor, heads: Heads) -> Estimate:
+        """Return logits, values (N x K) and K gradients of `heads`; `heads` gets positions into this call's rows."""
+        estimator = self.oracle.gradient
+        if estimator.needs == "gradient" and self.oracle.access != "gradient":
+            raise InputError(
+                f"gradient by {type(estimator).__name__}",
+                f"needs gradient access while the oracle grants {self.oracle.access}",
+                "use NES() or SPSA() as gradient, or a query attack",
+            )
+        port = _Offset(self, rows)
+        parts = [
+            estimator.estimate(port, x[part], port.positions[part], heads)
+            for part in self._chunks(x.shape[0], estimator.draws)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return (
+            torch.cat([part[0] for part in parts]),
+            torch.cat([part[1] for part in parts]),
+            [torch.cat(grads) for grads in zip(*(part[2] for part in parts), strict=True)],
+        )
+
+    def _chunks(self, n: int, draws: int) -> list[slice]:
+        size = max(1, self.batch_size // draws)
+        return [slice(start, start + size) for start in range(0, n, size)]
+
+    @staticmethod
+    def _afford(rows: Tensor, limit: int | None, spent: Tensor, price: int) -> None:
+        if limit is not None:
+            short = spent[rows] + price > limit
+            if bool(short.any()):
+                raise BudgetExceededError(rows[short])
+
+
+class _Offset:
+    """The session seen from one call: estimators index the call's rows, the session the run's."""
+
+    def __init__(self, session: Session, rows: Tensor) -> None:
+        self.session, self.rows, self.model = session, rows, session.model
+        self.positions = torch.arange(rows.shape[0], device=rows.device)
+        self.query = session.oracle.gradient.needs == "scores"
+
+    def forward(self, x: Tensor, index: Tensor, draws: int = 1) -> Tensor:
+        return self.session.forward(x, self.rows[index], draws, self.query)
+
+    def count_backward(self, index: Tensor, passes: int, draws: int = 1) -> None:
+        self.session.count_backward(self.rows[index], passes, draws)
+
+    def noise(self, purpose: str) -> Stream:
+        return self.session.noise(purpose)
+
+    def ids(self, index: Tensor) -> Tensor:
+        return self.session.ids(self.rows[index])
+
+    def calls(self, index: Tensor) -> Tensor:
+        return self.session.calls(self.rows[index])
+
+
+@contextmanager
+def randomness(stream: Stream, ids: Tensor, number: Tensor, keyed: bool) -> Iterator[None]:
+    """Key a stochastic model's draws; a model that uses torch's own generators gets them seeded and given back.
+
+    Unkeyed modules cannot draw per sample, so their noise depends on the batch they pass in; the seed still follows
+    from the first row's id and draw number, so a run repeats itself.
+    """
+    if keyed:
+        with context.draw(stream, ids, number):
+            yield
+        return
+    seed = int(stream.words(ids[:1], 1, number[:1]).item())
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), context.draw(stream, ids, number):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.default_generators[ids.device.index or 0].manual_seed(seed)
+        yield

@@ -1,0 +1,188 @@
+"""What an attack sees of one run: its samples, its goal, and a model that counts and remembers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maodun.core.estimators import Heads
+from maodun.core.geometry import per_sample
+from maodun.core.losses import LossFunction, get_loss
+from maodun.core.oracle import Session
+from maodun.core.status import Status
+from maodun.core.streams import Stream
+from maodun.core.threat import Threat
+
+CONFIRM_DRAWS = 10
+
+
+class Ledger:
+    """The best candidate of every sample of a run, noted at every model call so that no success stays silent.
+
+    `best` starts as the clean input and only ever becomes an input that fooled the model; `distance` is its distance
+    in the threat's norm (infinite until found); `share` is the share of fresh draws it fooled (1 for a deterministic
+    model). A sample is `finished` when `enough` says that its candidate needs no improvement.
+    """
+
+    def __init__(
+        self, session: Session, x: Tensor, threat: Threat, minimum: bool, enough: float | None, stop: bool
+    ) -> None:
+        n, device = x.shape[0], x.device
+        self.session, self.threat, self.minimum, self.enough, self.stop = session, threat, minimum, enough, stop
+        self.best = x.clone()
+        self.distance = torch.full((n,), torch.inf, device=device)
+        self.share = torch.zeros(n, device=device)
+        self.finished = torch.zeros(n, dtype=torch.bool, device=device)
+        self.status = torch.full((n,), int(Status.exhausted_steps), dtype=torch.uint8, device=device)
+        self.flat = torch.ones(n, dtype=torch.bool, device=device)
+        self.used_gradient = False
+        self._any_flat = True
+
+    def note(self, problem: Problem, x: Tensor, logits: Tensor) -> None:
+        """Look at one evaluation: keep what fools the model, mark rows whose logits are not finite."""
+        bad = ~torch.isfinite(logits).all(1)
+        fooled = problem.is_adversarial(logits) & ~bad
+        if bool(bad.any()):
+            rows = problem.rows[bad]
+            self.finished[rows] = True
+            self.status[rows] = int(Status.non_finite)
+        hit = fooled.nonzero().squeeze(1)
+        if hit.numel():
+            self._keep(problem.select(hit), x[hit])
+
+    def _keep(self, problem: Problem, x: Tensor) -> None:
+        rows = problem.rows
+        distance = self.threat.distance(x, problem.x)
+        better = distance < self.distance[rows] if self.minimum else self.threat.contains(x, problem.x)
+        share = torch.ones_like(distance)
+        if self.session.stochastic and bool(better.any()):
+            share = self._confirm(problem, x)
+            better &= share > (0.5 if self.minimum else self.share[rows])
+        chosen = rows[better]
+        self.best[chosen] = x[better]
+        self.distance[chosen] = distance[better]
+        self.share[chosen] = share[better]
+        self.status[chosen] = int(Status.found)
+        if self.stop:
+            good = self.share[rows] > 0.5
+            if self.minimum:
+                good &= torch.full_like(good, False) if self.enough is None else self.distance[rows] <= self.enough
+            self.finished[rows] |= good
+
+    def _confirm(self, problem: Problem, x: Tensor) -> Tensor:
+        """Return the share of fresh draws in which each row fools a stochastic model: one lucky draw is no success."""
+        self.session.purpose = "confirm"
+        try:
+            logits = self.session.draws(x, problem.rows, CONFIRM_DRAWS)
+        finally:
+            self.session.purpose = "search"
+        wide = problem.repeat(CONFIRM_DRAWS)
+        fooled = wide.is_adversarial(logits.flatten(0, 1))
+        return fooled.reshape(-1, CONFIRM_DRAWS).float().mean(1)
+
+    def note_gradient(self, rows: Tensor, grads: list[Tensor]) -> None:
+        """Remember which rows have ever had a gradient that is not exactly zero."""
+        self.used_gradient = True
+        if self._any_flat:
+            for grad in grads:
+                self.flat[rows] &= ~(grad.flatten(1) != 0).any(1)
+            self._any_flat = bool(self.flat.any())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The samples an attack still works on, with everything it may ask about them.
+
+    `x` N x ... in [0, 1], `y` (N,) labels, `targets` (N,) or None, `ids` (N,) sample ids, `rows` (N,) row numbers in
+    the run, `threat` the ball. Attacks never meet the model itself.
+    """
+
+    x: Tensor
+    y: Tensor
+    targets: Tensor | None
+    ids: Tensor
+    rows: Tensor
+    threat: Threat
+    session: Session
+    ledger: Ledger
+
+    def select(self, index: Tensor) -> Problem:
+        """Return the problem of the rows `index` (positions or booleans)."""
+        targets = None if self.targets is None else self.targets[index]
+        return Problem(
+            self.x[index],
+            self.y[index],
+            targets,
+            self.ids[index],
+            self.rows[index],
+            self.threat,
+            self.session,
+            self.ledger,
+        )
+
+    def repeat(self, times: int) -> Problem:
+        """Return the problem with every row standing `times` times in a row (to score several points of a sample)."""
+        return self.select(torch.arange(len(self), device=self.rows.device).repeat_interleave(times))
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def targeted(self) -> bool:
+        """Whether a given class is to be reached."""
+        return self.targets is not None
+
+    def stream(self, purpose: str) -> Stream:
+        """Return the random stream of a purpose; draws are keyed by the sample ids."""
+        return self.session.noise(purpose)
+
+    def is_adversarial(self, logits: Tensor) -> Tensor:
+        """Return (N,) booleans: another class than y, or the target when there is one."""
+        predicted = logits.argmax(1)
+        return predicted != self.y if self.targets is None else predicted == self.targets
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of `x` (a query per row) and note what fools the model."""
+        logits = self.session.logits(x, self.rows, self.session.oracle.gradient.draws if self.session.stochastic else 1)
+        self.ledger.note(self, x, logits)
+        return logits
+
+    def decisions(self, x: Tensor) -> Tensor:
+        """Return the predicted classes of `x` (a query per row) and note what fools the model."""
+        labels = self.session.decisions(x, self.rows)
+        classes = max(int(labels.max()), int(self.y.max()), 0 if self.targets is None else int(self.targets.max())) + 1
+        self.ledger.note(self, x, torch.nn.functional.one_hot(labels, classes).float())
+        return labels
+
+    def gradient(
+        self, x: Tensor, loss: str | LossFunction, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (N x C), losses (N,) and the gradient of each sample's loss at `x`.
+
+        `loss` is a name or a function of (logits, y, targets). `targets` overrides the problem's own, as multi-targeted
+        attacks on an untargeted goal need.
+        """
+        function = get_loss(loss) if isinstance(loss, str) else loss
+        aims = self.targets if targets is None else targets
+
+        def heads(logits: Tensor, index: Tensor) -> Tensor:
+            return function(logits, self.y[index], None if aims is None else aims[index]).unsqueeze(1)
+
+        logits, values, grads = self.values_and_gradients(x, heads)
+        return logits, values[:, 0], grads[0]
+
+    def values_and_gradients(self, x: Tensor, heads: Heads) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return logits, values (N x K) and K gradients of `heads(logits, index) -> (B, K)` at `x`.
+
+        `index` (B,) are positions in this problem, so heads may look up per-sample tensors. One forward, K backwards.
+        """
+        logits, values, grads = self.session.estimate(x, self.rows, heads)
+        self.ledger.note(self, x, logits)
+        self.ledger.note_gradient(self.rows, grads)
+        return logits, values, grads
+
+    def per_sample(self, value: Tensor | float) -> Tensor:
+        """Shape a number or an (N,) tensor to broadcast over the samples."""
+        return per_sample(value, self.x)

@@ -1,0 +1,46 @@
+"""How many samples pass through the model at once: what fits the cache on a CPU, what fits the memory on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Measured on a 2-core CPU (benchmarks/README.md): a convolutional net is fastest per sample when the activations of one
+# micro-batch stay near the last-level cache; far smaller batches pay per-call overhead, far larger ones page faults.
+_CPU_ACTIVATION_BYTES = 64 * 2**20
+_GPU_SHARE = 0.25
+
+
+def activation_bytes(model: nn.Module, x: Tensor) -> int:
+    """Return the bytes of all leaf-module outputs for one sample, measured by one forward of the first row of `x`."""
+    total = 0
+
+    def note(_module: nn.Module, _inputs: object, output: object) -> None:
+        nonlocal total
+        if isinstance(output, Tensor):
+            total += output.numel() * output.element_size()
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    handles = [leaf.register_forward_hook(note) for leaf in leaves]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            model(x[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(total, x[:1].numel() * x.element_size())
+
+
+def automatic_batch_size(model: nn.Module, x: Tensor) -> int:
+    """Return a power of two between 8 and 512 (4096 on a GPU) for micro-batches of `x` (N x ...)."""
+    if x.shape[0] == 0:
+        return 1
+    each = activation_bytes(model, x)
+    if x.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(x.device)
+        # A backward pass keeps the activations and about as much again for gradients and workspace.
+        room, most = int(free * _GPU_SHARE) // (3 * each), 4096
+    else:
+        room, most = _CPU_ACTIVATION_BYTES // each, 512
+    size = max(8, min(most, room))
+    return 1 << (size.bit_length() - 1)
