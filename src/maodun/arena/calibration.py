@@ -38,9 +38,7 @@ def _binned(index: Tensor, confidence: Tensor, correct: Tensor, bins: int) -> Bi
     zeros = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
     count = zeros.index_add(0, index, torch.ones_like(confidence))
     safe = count.clamp(min=1.0)
-    return Bins(
-        zeros.index_add(0, index, confidence) / safe, zeros.index_add(0, index, correct) / safe, count
-    )
+    return Bins(zeros.index_add(0, index, confidence) / safe, zeros.index_add(0, index, correct) / safe, count)
 
 
 def equal_width(probs: Tensor, labels: Tensor, bins: int = BINS) -> Bins:
@@ -82,7 +80,7 @@ class Scores:
 def calibrate(probs: Tensor, labels: Tensor, bins: int = BINS) -> Scores:
     """Score N x C probabilities against (N,) labels; Guo et al. (ICML 2017), Brier (1950). Needs N >= 1.
 
-    A probability of exactly zero for the label counts as the smallest float32 (about 87 nats), not as infinity.
+    A probability of exactly zero for the label counts as the smallest float32: 87 nats, not infinity.
     """
     width = equal_width(probs, labels, bins)
     mass = equal_mass(probs, labels, bins)

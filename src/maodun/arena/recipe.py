@@ -25,7 +25,7 @@ def parse_radius(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError("a radius is a number or a fraction such as 8/255")
     try:
-        number = float(Fraction(value.strip())) if isinstance(value, str) and "/" in value else float(value)
+        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) and "/" in value else float(value)
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"'{value}' is not a number or a fraction such as 8/255") from error
     if math.isnan(number) or number < 0:

@@ -19,12 +19,18 @@ class Rate(_Data):
 
 
 class Calibration(_Data):
-    """Confidence quality of a set of predictions: ECE (15 equal-width bins), Brier score, log-likelihood."""
+    """Confidence quality of a set of predictions: ECE (15 equal-width bins), Brier score, log-likelihood.
+
+    `ece_mass` uses bins of equal mass; `over` and `under` split `ece` into over- and under-confidence.
+    """
 
     ece: float
     brier: float
     nll: float
     n: int
+    ece_mass: float | None = None
+    over: float | None = None
+    under: float | None = None
 
 
 class CellSummary(_Data):
