@@ -1,0 +1,1 @@
+"""Spears: every attack, driven by the one engine of `maodun.core`; `registry` finds them by name."""
