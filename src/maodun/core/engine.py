@@ -90,8 +90,8 @@ class Attack(Generic[S]):
     """Base of all attacks: a frozen description of a search; its repr rebuilds it.
 
     Class attributes declare what it offers: `name`; `norms` (the norms it searches in); `kind` "fixed" (best loss
-    inside a ball) or "minimum" (least distance); `can_target`; `access` (gradient, scores, decision); `images_only` (needs
-    N x C x H x W); `min_classes`.
+    inside a ball) or "minimum" (least distance); `can_target`; `access` (gradient, scores, decision); `images_only`
+    (needs N x C x H x W); `min_classes`.
     """
 
     name: ClassVar[str] = "attack"

@@ -22,8 +22,8 @@ class Rule:
     """How K draws become one answer.
 
     single: one draw. majority: wrong when at least half of K draws are wrong (the literature's MV.Rob). worst: wrong
-    when any of K draws is wrong (Wor.Rob). mean: the class of the mean softmax over K draws. For a deterministic model all
-    rules agree and one draw is made. `name` is one of these, `draws` is K >= 1 (1 for single). InputError otherwise.
+    when any of K draws is wrong (Wor.Rob). mean: the class of the mean softmax over K draws. For a deterministic model
+    all rules agree and one draw is made. `name` is one of these, `draws` is K >= 1 (1 for single); else InputError.
     """
 
     name: str = "majority"
@@ -73,8 +73,8 @@ class Verdict:
     """The judgement on one set of candidates.
 
     `success` (N,): the adversary won under the rule and inside the threat. `flags` (N x K): per draw. `valid` (N,):
-    inside ball and box. `probs` (N x C): mean softmax over the draws. `predictions` (N,): class of `probs`. `robust`: share
-    of samples on which the adversary did not win, with its interval.
+    inside ball and box. `probs` (N x C): mean softmax over the draws. `predictions` (N,): class of `probs`. `robust`:
+    share of samples on which the adversary did not win, with its interval.
     """
 
     success: Tensor
