@@ -207,6 +207,7 @@ class Attack(Generic[S]):
             True,
             0.0,
         )
+        problem = dataclasses.replace(problem, clean_logits=logits)
         return problem.select((~ledger.finished).nonzero().squeeze(1)), logits
 
     def _drive(self, problem: Problem, progress: Progress | None) -> None:

@@ -170,17 +170,20 @@ class Session:
     # -- what estimators see (the Port) ------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, index: Tensor, draws: int = 1, query: bool = False) -> Tensor:
-        """Return float32 logits of one micro-batch whose rows are `index`, counted once per row."""
-        number = self.meter.forwards[index]
-        if draws > 1:
-            number = number + torch.arange(draws, device=index.device).repeat(index.shape[0] // draws)
+        """Return float32 logits of one micro-batch whose rows are `index`, counted once per row and appearance."""
+        number = index
+        if self.stochastic:
+            number = self.meter.forwards[index]
+            if draws > 1:
+                number = number + torch.arange(draws, device=index.device).repeat(index.shape[0] // draws)
         rows = index if draws == 1 else index[::draws]
         if self._limited:
             self._afford(rows, self.oracle.budget.forwards, self.meter.forwards, draws)
             self._afford(rows, self.oracle.budget.queries if query else None, self.meter.queries, draws)
-        self.meter.forwards[rows] += draws
+        price = torch.full_like(rows, draws)
+        self.meter.forwards.index_add_(0, rows, price)
         if query:
-            self.meter.queries[rows] += draws
+            self.meter.queries.index_add_(0, rows, price)
         return self.call(x, index, number)
 
     def call(self, x: Tensor, index: Tensor, number: Tensor) -> Tensor:
@@ -200,7 +203,7 @@ class Session:
         rows = index if draws == 1 else index[::draws]
         if self._limited:
             self._afford(rows, self.oracle.budget.backwards, self.meter.backwards, passes * draws)
-        self.meter.backwards[rows] += passes * draws
+        self.meter.backwards.index_add_(0, rows, torch.full_like(rows, passes * draws))
 
     def noise(self, purpose: str) -> Stream:
         """Return the stream of a purpose under the run's seed."""
@@ -220,7 +223,8 @@ class Session:
         """Return the logits of every row without gradients (mean over `draws`), in micro-batches."""
         if self.oracle.access == "decision":
             raise InputError("scores", "this oracle only tells decisions", "use an attack that needs decisions only")
-        return self._score(x, rows, draws).mean(1)
+        scores = self._score(x, rows, draws)
+        return scores[:, 0] if draws == 1 else scores.mean(1)
 
     def draws(self, x: Tensor, rows: Tensor, draws: int) -> Tensor:
         """Return the logits of `draws` fresh draws of every row: N x draws x C."""
@@ -237,7 +241,7 @@ class Session:
                 wide = x[part] if draws == 1 else x[part].repeat_interleave(draws, 0)
                 index = rows[part] if draws == 1 else rows[part].repeat_interleave(draws)
                 parts.append(self.forward(wide, index, draws, query=True))
-        return torch.cat(parts).reshape(x.shape[0], draws, -1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(x.shape[0], draws, -1)
 
     def estimate(self, x: Tensor, rows: Tensor, heads: Heads) -> Estimate:
         """Return logits, values (N x K) and K gradients of `heads`; `heads` gets positions into this call's rows."""
@@ -268,7 +272,8 @@ class Session:
     @staticmethod
     def _afford(rows: Tensor, limit: int | None, spent: Tensor, price: int) -> None:
         if limit is not None:
-            short = spent[rows] + price > limit
+            times = torch.bincount(rows, minlength=spent.shape[0])[rows]
+            short = spent[rows] + price * times > limit
             if bool(short.any()):
                 raise BudgetExceededError(rows[short])
 

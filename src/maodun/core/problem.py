@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +43,11 @@ class Ledger:
 
     def note(self, problem: Problem, x: Tensor, logits: Tensor) -> None:
         """Look at one evaluation: keep what fools the model, mark rows whose logits are not finite."""
-        bad = ~torch.isfinite(logits).all(1)
-        fooled = problem.is_adversarial(logits) & ~bad
-        if bool(bad.any()):
+        fooled = problem.is_adversarial(logits)
+        # One sum tells that all is well; only when it does not are the rows looked at one by one.
+        if not math.isfinite(float(logits.sum())):
+            bad = ~torch.isfinite(logits).all(1)
+            fooled &= ~bad
             rows = problem.rows[bad]
             self.finished[rows] = True
             self.status[rows] = int(Status.non_finite)
@@ -60,16 +63,28 @@ class Ledger:
         if self.session.stochastic and bool(better.any()):
             share = self._confirm(problem, x)
             better &= share > (0.5 if self.minimum else self.share[rows])
-        chosen = rows[better]
-        self.best[chosen] = x[better]
-        self.distance[chosen] = distance[better]
-        self.share[chosen] = share[better]
+        pick = self._one_per_row(rows, distance, better)
+        chosen = rows[pick]
+        self.best[chosen] = x[pick]
+        self.distance[chosen] = distance[pick]
+        self.share[chosen] = share[pick]
         self.status[chosen] = int(Status.found)
         if self.stop:
             good = self.share[rows] > 0.5
             if self.minimum:
                 good &= torch.full_like(good, False) if self.enough is None else self.distance[rows] <= self.enough
             self.finished[rows] |= good
+
+    def _one_per_row(self, rows: Tensor, distance: Tensor, better: Tensor) -> Tensor:
+        """Return the positions to keep: of several better points of one row the nearest, the first among equals."""
+        pick = better.nonzero().squeeze(1)
+        if self.minimum:
+            pick = pick[distance[pick].argsort(stable=True)]
+        order = torch.arange(pick.shape[0], device=rows.device)
+        first = torch.full_like(self.status, 0, dtype=torch.int64).scatter_reduce_(
+            0, rows[pick], order, "amin", include_self=False
+        )
+        return pick[first[rows[pick]] == order]
 
     def _confirm(self, problem: Problem, x: Tensor) -> Tensor:
         """Return the share of fresh draws in which each row fools a stochastic model: one lucky draw is no success."""
@@ -87,7 +102,7 @@ class Ledger:
         self.used_gradient = True
         if self._any_flat:
             for grad in grads:
-                self.flat[rows] &= ~(grad.flatten(1) != 0).any(1)
+                self.flat[rows[(grad.flatten(1) != 0).any(1)]] = False
             self._any_flat = bool(self.flat.any())
 
 
@@ -96,7 +111,8 @@ class Problem:
     """The samples an attack still works on, with everything it may ask about them.
 
     `x` N x ... in [0, 1], `y` (N,) labels, `targets` (N,) or None, `ids` (N,) sample ids, `rows` (N,) row numbers in
-    the run, `threat` the ball. Attacks never meet the model itself.
+    the run, `threat` the ball, `clean_logits` (N x C) those of `x` when the run knows them. Attacks never meet the
+    model itself. A row may stand several times (`repeat`): its points share one account and one best candidate.
     """
 
     x: Tensor
@@ -107,6 +123,7 @@ class Problem:
     threat: Threat
     session: Session
     ledger: Ledger
+    clean_logits: Tensor | None = None
 
     def select(self, index: Tensor) -> Problem:
         """Return the problem of the rows `index` (positions or booleans)."""
@@ -120,6 +137,7 @@ class Problem:
             self.threat,
             self.session,
             self.ledger,
+            None if self.clean_logits is None else self.clean_logits[index],
         )
 
     def repeat(self, times: int) -> Problem:
@@ -142,6 +160,10 @@ class Problem:
         """Return (N,) booleans: another class than y, or the target when there is one."""
         predicted = logits.argmax(1)
         return predicted != self.y if self.targets is None else predicted == self.targets
+
+    def clean(self) -> Tensor:
+        """Return the logits of the unperturbed samples: those the run already has, or a query per row."""
+        return self.logits(self.x) if self.clean_logits is None else self.clean_logits
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of `x` (a query per row) and note what fools the model."""
