@@ -109,7 +109,7 @@ class SpearSpec(_Part):
     """How it is attacked: an attack with its options, its gradient estimator, EOT draws, access and budget.
 
     `eot` is the number of draws averaged per gradient (1: no averaging); `access` None means what the
-    attack needs.
+    attack needs; `norms` restricts the spear to the threats of these norms.
     """
 
     attack: str
@@ -120,6 +120,7 @@ class SpearSpec(_Part):
     eot: int = Field(default=1, ge=1)
     access: Literal["gradient", "scores", "decision"] | None = None
     budget: BudgetSpec = BudgetSpec()
+    norms: tuple[Literal["linf", "l2", "l1", "l0"], ...] | None = None
 
     @property
     def label(self) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from maodun.arena.store import Store
 
 
 class _Data(BaseModel):
@@ -16,6 +21,9 @@ class Rate(_Data):
     low: float
     high: float
     n: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] (n = {self.n})"
 
 
 class Calibration(_Data):
@@ -76,6 +84,7 @@ class WorstCase(_Data):
     clean: Rate
     robust: Rate
     strongest: str
+    targeted: bool = False
 
 
 class Curve(_Data):
@@ -143,3 +152,23 @@ class RunSummary(_Data):
     reliability: list[Reliability]
     findings: list[Finding]
     pictures: list[Picture]
+
+    @property
+    def clean(self) -> Rate:
+        """The clean accuracy of the first shield; of a run with one shield, simply the clean accuracy."""
+        return self.worst[0].clean
+
+    @property
+    def robust(self) -> Rate:
+        """The worst-case robust accuracy of the first shield under the first threat."""
+        return self.worst[0].robust
+
+
+def summarise(store: Store | str) -> RunSummary:
+    """Return what the parts of a store amount to so far; an interrupted run gives an incomplete summary.
+
+    `store` may be the path of a run's folder. Raises StoreError when it holds no run.
+    """
+    from maodun.arena.account import account
+
+    return account(store)

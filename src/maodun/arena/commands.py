@@ -1,0 +1,60 @@
+"""The command line that repeats one cell, so that every number of a report can be asked for again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from maodun.arena.recipe import BudgetSpec, Recipe, format_radius
+
+if TYPE_CHECKING:
+    from maodun.arena.plan import Cell
+
+GIVEN = "given:"
+
+
+def evaluate_command(recipe: Recipe, cell: Cell) -> str | None:
+    """Return the `maodun evaluate` line for a cell, None when its set-up goes beyond what flags can say."""
+    shield = next(each for each in recipe.shields if each.label == cell.shield)
+    spear, threat = cell.spec, cell.threat
+    beyond = spear.gradient_options or spear.access or spear.budget != BudgetSpec()
+    if beyond or (threat.targeted and threat.goal != "random") or shield.model.startswith(GIVEN):
+        return None
+    attack, defense = _named(spear.attack, spear.options), _named(shield.defense, shield.options)
+    if attack is None or defense is None:
+        return None
+    words = ["maodun", "evaluate", "--model", shield.model]
+    words += ["--weights", shield.weights] if shield.weights else []
+    for key, value in shield.model_options.items():
+        words += ["--model-option", f"{key}={value}"]
+    words += ["--defense", defense] if defense != "none" else []
+    words += ["--data", recipe.data.spec]
+    words += ["--split", recipe.data.split] if recipe.data.split != "test" else []
+    words += ["--limit", str(recipe.data.limit)] if recipe.data.limit else []
+    words += ["--norm", threat.norm]
+    words += ["--eps", format_radius(threat.eps)] if threat.eps != float("inf") else []
+    words += ["--targeted"] if threat.targeted else []
+    words += ["--attack", attack]
+    words += ["--gradient", spear.gradient] if spear.gradient != "exact" else []
+    words += ["--eot", str(spear.eot)] if spear.eot > 1 else []
+    verdict = recipe.verdict
+    words += ["--rule", verdict.rule] if verdict.rule != "auto" else []
+    words += ["--draws", str(verdict.draws)] if verdict.draws != 10 else []
+    words += ["--precision", recipe.compute.precision] if recipe.compute.precision != "float32" else []
+    return shlex.join([*words, "--seed", str(recipe.seed)])
+
+
+def _named(name: str, options: Mapping[str, Any]) -> str | None:
+    """Return "name:key=value", None when a value is no plain word."""
+    words = [name]
+    for key, value in options.items():
+        text = {True: "true", False: "false", None: "null"}.get(value) if _constant(value) else str(value)
+        if isinstance(value, list | dict | tuple) or any(mark in str(text) for mark in ",:= "):
+            return None
+        words.append(f"{key}={text}")
+    return ":".join(words)
+
+
+def _constant(value: object) -> bool:
+    return value is None or isinstance(value, bool)

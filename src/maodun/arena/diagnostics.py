@@ -1,0 +1,211 @@
+"""Is the attack blind? Cheap trials on a small fixed subset, each ending in a sentence with the next action.
+
+Indicators after Athalye et al. (ICML 2018), Carlini et al. (arXiv 1902.06705), Pintor et al. (NeurIPS 2022)
+and Croce and Hein (ICML 2020). On by default, before the attacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maodun.arena.laboratory import Laboratory, RandomNoise, everything, stronger, trial_threat
+from maodun.arena.metrics import rate
+from maodun.arena.plan import slug
+from maodun.arena.recipe import format_radius
+from maodun.arena.setup import Arena, Shield
+from maodun.arena.summary import Finding
+from maodun.attacks.gradient.pgd import FGSM, PGD
+from maodun.core.engine import Attack
+
+_STEPS = 20
+_QUERIES = 200
+_TEMPERATURES = (0.01, 0.1, 10.0, 100.0)
+_DISAGREE = 0.1
+_ADAPT = "Use gradient: bpda or an exact gradient of the defence, and add a query attack such as square."
+
+
+def findings_name(shield: str) -> str:
+    """Return the store's name for a shield's findings."""
+    return f"findings/{slug(shield)}-{hashlib.sha256(shield.encode()).hexdigest()[:6]}.json"
+
+
+def diagnose(arena: Arena, shield: Shield) -> list[Finding]:
+    """Try `shield` under every norm of the recipe through every gradient estimator of its spears.
+
+    Returns one finding per check and set-up, and one that says what the checks cost.
+    """
+    started, found = time.perf_counter(), []
+    forwards = backwards = 0
+    for laboratory in _laboratories(arena, shield):
+        for check in CHECKS:
+            finding = check(laboratory)
+            if finding is not None:
+                found.append(finding)
+        forwards, backwards = forwards + laboratory.forwards, backwards + laboratory.backwards
+    seconds = time.perf_counter() - started
+    sentence = f"These checks cost {forwards} forwards, {backwards} backwards and {seconds:.1f} s in all."
+    cost = Finding(name="cost", level="ok", shield=shield.label, spear=None, sentence=sentence, action="")
+    return [*found, cost]
+
+
+def _laboratories(arena: Arena, shield: Shield) -> Iterator[Laboratory]:
+    """Yield a laboratory per norm (at its first radius) and distinct way to get gradients."""
+    cells = [cell for cell in arena.plan.cells if cell.shield == shield.label]
+    seen = set()
+    alone = len({(cell.spec.gradient, cell.spec.eot) for cell in cells}) == 1
+    for cell in cells:
+        spec = cell.spec
+        kind = (cell.threat.norm, spec.gradient, repr(spec.gradient_options), spec.eot)
+        if kind in seen or spec.gradient in ("nes", "spsa") or cell.attack.access != "gradient":
+            continue
+        seen.add(kind)
+        threat = trial_threat(cell.threat, arena.data.x)
+        yield Laboratory(shield, threat, arena, spec, None if alone else cell.spear)
+
+
+def _finding(lab: Laboratory, name: str, level: str, sentence: str, action: str = "") -> Finding:
+    """Return a finding; a set-up that passes needs no action."""
+    return Finding(
+        name=name,
+        level=level,
+        shield=lab.shield.label,
+        spear=lab.spear,
+        sentence=f"{sentence} ({lab.threat.norm}, n = {lab.n}).",
+        action="" if level == "ok" else action,
+    )
+
+
+def _many(loss: str = "ce") -> Attack[Any]:
+    return PGD(steps=_STEPS, loss=loss)
+
+
+def _suspicion(suspect: Tensor, expected: Tensor) -> tuple[str, int, int]:
+    """Return the level and the counts for a suspect attack that ought not to be the stronger."""
+    only, other, p = stronger(suspect, expected)
+    if p < 0.05:
+        return "alarm", only, other
+    return ("note" if only >= 2 and only > other else "ok"), only, other
+
+
+def zero_gradients(lab: Laboratory) -> Finding:
+    """Are there samples whose gradient is exactly zero, and is it the loss or the model?"""
+    flat = ~(lab.gradients("ce")[0] != 0).any(1)
+    count = int(flat.sum())
+    if count == 0:
+        return _finding(lab, "zero_gradient", "ok", "The cross-entropy has a gradient on every sample")
+    level = "alarm" if 2 * count >= lab.n else "warning" if 20 * count >= lab.n else "note"
+    dead = int((flat & ~(lab.gradients("margin")[0] != 0).any(1)).sum())
+    if dead < count:
+        sentence = f"The cross-entropy's gradient is exactly zero on {count} samples, the margin's on {dead}"
+        return _finding(lab, "zero_gradient", level, sentence, "Attack with loss dlr or margin, not cross-entropy.")
+    sentence = f"Every gradient is exactly zero on {count} samples"
+    return _finding(lab, "zero_gradient", level, sentence, _ADAPT)
+
+
+def draws_agree(lab: Laboratory) -> Finding | None:
+    """Do two gradient estimates of a stochastic shield point the same way?"""
+    if not lab.shield.stochastic:
+        return None
+    first, second = lab.gradients("ce", times=2, whole=True)
+    cosine = float(torch.nn.functional.cosine_similarity(first, second, dim=1).mean())
+    draws = lab.spec.eot
+    sentence = f"Two gradient estimates of {draws} draws each have a mean cosine of {cosine:.2f}"
+    level = "ok" if cosine >= 0.5 else "note" if cosine >= _DISAGREE else "warning"
+    return _finding(lab, "eot_agreement", level, sentence, f"Raise eot above {draws} until the draws agree.")
+
+
+def eps_zero(lab: Laboratory) -> Finding:
+    """Does an adversary who may change nothing get the clean accuracy?"""
+    clean = lab.n - int(lab.clean_wrong().sum())
+    control = lab.n - int(lab.fell(_many(), eps=0.0).sum())
+    measured = rate(control, lab.n)
+    good = control == clean if not lab.shield.stochastic else measured.low <= clean / lab.n <= measured.high
+    sentence = f"With eps = 0 {control} samples stand, of {clean} that are right without an attack"
+    action = "Do not trust the robust accuracy: draws are counted as attacks; use more verdict draws."
+    return _finding(lab, "eps_zero", "ok" if good else "alarm", sentence, action)
+
+
+def unconstrained(lab: Laboratory) -> Finding:
+    """Does everything fall when the whole box is allowed?"""
+    eps = everything(lab.threat, lab.x)
+    standing = lab.n - int(lab.fell(PGD(steps=2 * _STEPS), eps=eps).sum())
+    level = "ok" if standing == 0 else "alarm" if 10 * standing > lab.n else "warning"
+    sentence = f"With every input allowed {standing} samples still stand against {2 * _STEPS} steps"
+    return _finding(lab, "unconstrained", level, sentence, f"The search is misled. {_ADAPT}")
+
+
+def monotone(lab: Laboratory) -> Finding:
+    """Does a larger radius fell at least as many?"""
+    eps = lab.threat.eps
+    radii = [eps / 2, eps, min(2 * eps, everything(lab.threat, lab.x))]
+    fell = [lab.fell(_many(), eps=radius) for radius in radii]
+    counts = ", ".join(f"{int(each.sum())} at {format_radius(eps)}" for each, eps in zip(fell, radii, strict=True))
+    levels = [_suspicion(small, large)[0] for small, large in itertools.pairwise(fell)]
+    level = "alarm" if "alarm" in levels else "note" if "note" in levels else "ok"
+    action = "A larger radius must not help the defence: raise the steps, then suspect masked gradients."
+    return _finding(lab, "monotone", level, f"Samples felled by radius: {counts}", action)
+
+
+def one_step(lab: Laboratory) -> Finding:
+    """Is one step stronger than many?"""
+    level, only, other = _suspicion(lab.fell(FGSM()), lab.fell(_many()))
+    sentence = f"One step fells {only} samples that {_STEPS} steps leave standing, and misses {other}"
+    action = f"Iterating should help: lower the step size, add restarts, and suspect masked gradients. {_ADAPT}"
+    return _finding(lab, "one_step", level, sentence, action)
+
+
+def black_box(lab: Laboratory) -> Finding:
+    """Is an attack without gradients stronger than one with them?"""
+    blind = _blind_attack(lab)
+    level, only, other = _suspicion(lab.fell(blind), lab.fell(_many()))
+    sentence = f"Without gradients {blind.name} fells {only} samples that PGD leaves standing, and misses {other}"
+    return _finding(lab, "black_box", level, sentence, f"The gradients mislead. {_ADAPT}")
+
+
+def _blind_attack(lab: Laboratory) -> Attack[Any]:
+    """Return Square with few queries where it can be used, else random points of the ball."""
+    from maodun.attacks.registry import build_attack
+
+    square = build_attack("square", queries=_QUERIES)
+    if lab.threat.norm in square.norms and (lab.x.ndim == 4 or not square.images_only):
+        return square
+    return RandomNoise()
+
+
+def loss_gap(lab: Laboratory) -> Finding:
+    """Does a margin loss see what cross-entropy does not?"""
+    level, only, other = _suspicion(lab.fell(_many("dlr")), lab.fell(_many()))
+    sentence = f"The DLR loss fells {only} samples that cross-entropy leaves standing, and misses {other}"
+    action = "Cross-entropy is blind here: attack with loss dlr or margin, or with autoattack."
+    return _finding(lab, "loss_gap", level, sentence, action)
+
+
+def logit_scale(lab: Laboratory) -> Finding:
+    """Does dividing the logits by a constant, which changes no decision, make the attack stronger?"""
+    plain = lab.fell(_many())
+    fell = {value: lab.fell(_many(), temperature=value) for value in _TEMPERATURES}
+    best = max(fell, key=lambda value: int(fell[value].sum()))
+    level, only, other = _suspicion(fell[best], plain)
+    sentence = f"Attacking f / {best:g} fells {only} samples that attacking f leaves standing, and misses {other}"
+    action = "The scale of the logits hides gradients: attack with loss dlr or margin, or divide the logits."
+    return _finding(lab, "logit_scale", level, sentence, action)
+
+
+CHECKS: tuple[Callable[[Laboratory], Finding | None], ...] = (
+    zero_gradients,
+    draws_agree,
+    eps_zero,
+    unconstrained,
+    monotone,
+    one_step,
+    black_box,
+    loss_gap,
+    logit_scale,
+)

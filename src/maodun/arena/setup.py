@@ -1,0 +1,240 @@
+"""Everybody who meets in the arena: the data, the shields with their models, and the store that watches."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from maodun.arena.commands import evaluate_command
+from maodun.arena.plan import Cell, Plan, Shard, access, budget, estimator, make_plan, steps
+from maodun.arena.recipe import Recipe, ShieldSpec
+from maodun.arena.store import Store
+from maodun.core import admission
+from maodun.core.errors import InputError
+from maodun.core.oracle import Oracle, is_stochastic
+from maodun.core.verdict import Rule
+
+if TYPE_CHECKING:
+    from maodun.zoo import Dataset
+
+# What must agree between a store and the recipe that continues it.
+IDENTITY = ("recipe", "data", "weights")
+
+
+@dataclass(frozen=True)
+class Shield:
+    """A defended model ready to be attacked; `about` is what the report says of it."""
+
+    label: str
+    model: nn.Module
+    sha256: str
+    defended: bool
+    stochastic: bool
+    about: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Arena:
+    """A plan with everything it needs to run; the same object serves the driver and any worker."""
+
+    plan: Plan
+    data: Dataset
+    shields: dict[str, Shield]
+    store: Store
+    device: torch.device
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe behind the plan."""
+        return self.plan.recipe
+
+    def rows(self, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, labels and ids of a shard on the device."""
+        part = slice(shard.start, shard.stop)
+        x, y, ids = self.data.x[part], self.data.y[part], self.data.ids[part]
+        return x.to(self.device), y.to(self.device), ids.to(self.device)
+
+    def oracle(self, shield: Shield, cell: Cell | None = None) -> Oracle:
+        """Return the shield as the cell's spear may ask it; without a cell, as the verdict does."""
+        compute = self.recipe.compute
+        layout = True if compute.channels_last else None
+        if cell is None:
+            return Oracle(shield.model, batch_size=compute.batch_size, stochastic=shield.stochastic)
+        return Oracle(
+            shield.model,
+            access=access(cell.spec, cell.attack),
+            gradient=estimator(cell.spec),
+            budget=budget(cell.spec),
+            batch_size=compute.batch_size,
+            precision=compute.precision,
+            channels_last=layout,
+            compile=compute.compile,
+            stochastic=shield.stochastic,
+        )
+
+    def rule(self, shield: Shield) -> Rule:
+        """Return the verdict's rule for a shield: as asked for, or by whether it is stochastic."""
+        verdict = self.recipe.verdict
+        if verdict.rule == "auto":
+            return Rule("majority", verdict.draws) if shield.stochastic else Rule("single", 1)
+        return Rule(verdict.rule, verdict.draws)
+
+
+def prepare(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    command: str = "",
+    device: str = "cpu",
+    models: Mapping[str, nn.Module] | None = None,
+    data: Dataset | None = None,
+) -> Arena:
+    """Load data and models, check every combination and open the store; nothing is attacked yet.
+
+    `models` gives shields (by label) as modules instead of by specification, `data` the samples instead of the
+    recipe's. Raises InputError, UnsupportedError or StoreError with a reason.
+    """
+    place = _device(device)
+    if data is None:
+        from maodun.zoo import load_data
+
+        data = load_data(recipe.data.spec, split=recipe.data.split, limit=recipe.data.limit)
+    if len(data) == 0:
+        raise InputError(f"data '{data.spec}'", "holds no samples", "give at least one")
+    plan = make_plan(recipe, len(data), tuple(data.x.shape[1:]))
+    shields = {
+        spec.label: _shield(spec, data, place, None if models is None else models.get(spec.label))
+        for spec in recipe.shields
+    }
+    arena = Arena(plan, data, shields, Store(out), place)
+    arena.store.open_for(manifest(arena, command), IDENTITY, expected_bytes(arena))
+    return arena
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device '{name}'", f"cannot be used ({reason})", "use cpu") from error
+
+
+def _shield(spec: ShieldSpec, data: Dataset, device: torch.device, given: nn.Module | None) -> Shield:
+    about = {"model": spec.model, "defense": spec.defense}
+    if given is None:
+        from maodun.zoo import load_model
+
+        loaded = load_model(spec.model, weights=spec.weights, options=spec.model_options or None)
+        model, digest = loaded.model.to(device), loaded.sha256
+    else:
+        from maodun.zoo.checkpoints import state_sha256
+
+        model, digest = given, state_sha256(given)
+    if spec.weights is not None:
+        about["weights"] = spec.weights
+    about["sha256"] = digest
+    defended = spec.defense != "none"
+    if defended:
+        from maodun.defenses.registry import Defended, build_defense
+
+        about.update({key: str(value) for key, value in spec.options.items()})
+        model = Defended(build_defense(spec.defense, **spec.options), model).to(device).eval()
+    stochastic = _stochastic(model, data, device)
+    about["stochastic"] = "yes" if stochastic else "no"
+    return Shield(spec.label, model, digest, defended, stochastic, about)
+
+
+def _stochastic(model: nn.Module, data: Dataset, device: torch.device) -> bool:
+    """Tell whether a module declares randomness or answers the same few samples in two ways."""
+    if is_stochastic(model):
+        return True
+    oracle = Oracle(model)
+    few, ids = admission.check_inputs(data.x[:8]).to(device), data.ids[:8].to(device)
+    try:
+        with oracle.ready():
+            return admission.looks_stochastic(oracle.session(few, ids, 0), few)
+    except RuntimeError as error:
+        reason = f"cannot take inputs of shape {tuple(few.shape[1:])} ({str(error).splitlines()[0]})"
+        raise InputError("model", reason, "check its input size and channels, and the device") from error
+
+
+def expected_bytes(arena: Arena) -> int:
+    """Return about how many bytes the missing parts of a run will take, generously."""
+    classes = max(len(arena.data.classes), 2)
+    row = 200 + 3 * 4 * classes
+    inputs = 2 * 4 * arena.data.x[0].numel() if arena.recipe.adversarials else 0
+    total = 64 * 1024
+    for unit in [*arena.plan.clean_units(), *arena.plan.attack_units()]:
+        if not arena.store.exists(unit.part):
+            samples = unit.shard.stop - unit.shard.start
+            total += 8 * 1024 + samples * (row + (0 if unit.cell is None else inputs))
+    return total
+
+
+def manifest(arena: Arena, command: str) -> dict[str, Any]:
+    """Return what the run is: recipe, versions, seed, hashes of data and weights, cells."""
+    recipe, data = arena.recipe, arena.data
+    return {
+        "format": 1,
+        "name": recipe.name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command,
+        "seed": recipe.seed,
+        "digest": recipe.digest(),
+        "recipe": recipe.identity(),
+        "compute": recipe.compute.model_dump(mode="json"),
+        "diagnostics": recipe.diagnostics,
+        "versions": versions(),
+        "data": {
+            "spec": data.spec,
+            "name": data.name,
+            "sha256": data.sha256,
+            "samples": len(data),
+            "shape": list(data.x.shape[1:]),
+        },
+        "classes": list(data.classes),
+        "weights": {label: shield.sha256 for label, shield in arena.shields.items()},
+        "shields": {label: shield.about for label, shield in arena.shields.items()},
+        "cells": [
+            {
+                "name": cell.name,
+                "shield": cell.shield,
+                "spear": cell.spear,
+                "norm": cell.threat.norm,
+                "eps": cell.threat.model_dump(mode="json")["eps"],
+                "targeted": cell.threat.targeted,
+                "attack": repr(cell.attack),
+                "command": evaluate_command(recipe, cell) or command,
+                "kind": cell.attack.kind,
+                "steps": steps(cell.attack),
+                "access": access(cell.spec, cell.attack),
+                "rule": arena.rule(arena.shields[cell.shield]).name,
+                "reference": recipe.compute.precision == "float32" and not recipe.compute.compile,
+            }
+            for cell in arena.plan.cells
+        ],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that can change a number: this package, Python, torch, NumPy, SciPy and the machine."""
+    import numpy as np
+    import scipy
+
+    import maodun
+
+    return {
+        "maodun": maodun.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "platform": platform.platform(),
+    }

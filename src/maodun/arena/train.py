@@ -1,0 +1,218 @@
+"""Training from a recipe: the zoo gives data and network, the spear the inner attack, the shield the objective."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from maodun.arena.train_recipe import InnerAttack, TrainRecipe, load_train_recipe
+from maodun.attacks.registry import build_attack
+from maodun.core.engine import Attack
+from maodun.core.errors import InputError
+from maodun.core.oracle import Oracle
+from maodun.core.threat import Threat
+from maodun.core.verdict import Interval, interval, judge
+from maodun.defenses.training import (
+    AdversarialTraining,
+    Distillation,
+    FitReport,
+    FitSettings,
+    Inner,
+    NoAugmentation,
+    Objective,
+    ShiftFlip,
+    Standard,
+    fit,
+    soft_labels,
+    split_holdout,
+)
+from maodun.zoo.architectures import build_architecture
+from maodun.zoo.cards import Measured, ModelCard, file_sha256
+from maodun.zoo.data import load_data
+
+Line = dict[str, float | str]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a recipe made: the model in evaluation mode, its card, the files written, and how the epochs went."""
+
+    model: nn.Module
+    card: ModelCard
+    weights: Path
+    card_file: Path
+    report: FitReport
+
+
+def train(
+    recipe: TrainRecipe | str | Path,
+    out: str | Path = "runs/train",
+    *,
+    on_epoch: Callable[[Line], None] | None = None,
+    resume: bool = True,
+) -> TrainResult:
+    """Train what a recipe describes and write NAME.safetensors and its card NAME.yaml into the folder `out`.
+
+    A checkpoint per epoch lies beside them until the end; with `resume` a second call continues from it.
+    `on_epoch` gets {phase, epoch, loss, score, seconds} after every epoch. Errors: InputError for a recipe, a folder
+    or data that cannot be used.
+    """
+    described = recipe if isinstance(recipe, TrainRecipe) else load_train_recipe(recipe)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder '{folder}'", f"it cannot be made ({error.strerror})", "choose another") from error
+    data = load_data(described.data.spec, split=described.data.split, limit=described.data.limit)
+    kept, held = split_holdout(data.y, described.data.validation, described.seed)
+    run = _Run(described, folder, data.x[kept], data.y[kept], data.x[held], data.y[held], on_epoch, resume)
+    model, report = run.all_phases()
+    weights = folder / f"{described.name}.safetensors"
+    _save(model, weights)
+    card = _card(described, model, weights, recipe)
+    card_file = folder / f"{described.name}.yaml"
+    _write(card_file, yaml.safe_dump(card.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110))
+    for phase in run.phases:
+        run.checkpoint(phase).unlink(missing_ok=True)
+    return TrainResult(model, card, weights, card_file, report)
+
+
+@dataclass
+class _Run:
+    """One recipe on its data: `x`, `y` to learn from and `x_held`, `y_held` to choose the epoch on."""
+
+    recipe: TrainRecipe
+    folder: Path
+    x: Tensor
+    y: Tensor
+    x_held: Tensor
+    y_held: Tensor
+    on_epoch: Callable[[Line], None] | None
+    resume: bool
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("teacher", "student") if self.recipe.objective.kind == "distillation" else ("model",)
+
+    def checkpoint(self, phase: str) -> Path:
+        return self.folder / f"{self.recipe.name}.{phase}.ckpt"
+
+    def all_phases(self) -> tuple[nn.Module, FitReport]:
+        spec, seed = self.recipe.objective, self.recipe.seed
+        if spec.kind == "distillation":
+            teacher, _ = self.phase("teacher", Distillation(spec.temperature), seed)
+            soft = soft_labels(teacher, self.x, spec.temperature)
+            return self.phase("student", Distillation(spec.temperature, soft), seed + 1)
+        if spec.inner is None:
+            return self.phase("model", Standard(spec.smoothing), seed)
+        attack, threat = _spear(spec.inner)
+        return self.phase("model", AdversarialTraining(Inner(attack, threat, seed), spec.smoothing), seed)
+
+    def phase(self, name: str, objective: Objective, seed: int) -> tuple[nn.Module, FitReport]:
+        recipe, checkpoint = self.recipe, self.checkpoint(name)
+        if not self.resume:
+            checkpoint.unlink(missing_ok=True)
+        model = build_architecture(recipe.architecture, recipe.options, seed=seed)
+        augment = ShiftFlip(recipe.augment.shift, recipe.augment.flip)
+        report = fit(
+            model,
+            self.x,
+            self.y,
+            objective,
+            FitSettings(**recipe.fit.model_dump()),
+            validate=partial(_score, x=self.x_held, y=self.y_held, inner=recipe.select, seed=seed),
+            augment=augment if recipe.augment.shift or recipe.augment.flip else NoAugmentation(),
+            seed=seed,
+            checkpoint=checkpoint,
+            on_epoch=None if self.on_epoch is None else partial(self._tell, name),
+        )
+        return model, report
+
+    def _tell(self, phase: str, line: dict[str, float]) -> None:
+        if self.on_epoch is not None:
+            self.on_epoch({"phase": phase, **line})
+
+
+def _spear(inner: InnerAttack) -> tuple[Attack[Any], Threat]:
+    return build_attack(inner.attack, **inner.options), Threat(inner.norm, inner.eps)
+
+
+def _score(model: nn.Module, *, x: Tensor, y: Tensor, inner: InnerAttack | None, seed: int) -> float:
+    """Return clean accuracy, or robust accuracy against `inner`, on the held-out samples."""
+    if inner is None:
+        with torch.no_grad():
+            return float((torch.cat([model(part) for part in torch.split(x, 256)]).argmax(1) == y).float().mean())
+    attack, threat = _spear(inner)
+    found = attack.run(Oracle(model, stochastic=False), x, y, threat, seed=seed, check_model=False).found
+    return 1.0 - float(found.float().mean())
+
+
+def _card(recipe: TrainRecipe, model: nn.Module, weights: Path, source: object) -> ModelCard:
+    """Measure the finished model on the test split and write down what is known about it."""
+    test = load_data(recipe.data.spec, split="test", limit=recipe.measure.limit)
+    place = str(source) if isinstance(source, str | Path) else f"recipes/train/{recipe.name}.yaml"
+    command = f"maodun train {place}"
+    with torch.no_grad():
+        right = torch.cat([model(part) for part in torch.split(test.x, 256)]).argmax(1) == test.y
+    measured = [_number("clean accuracy", interval(int(right.sum()), len(test)), recipe.seed, command)]
+    if recipe.measure.inner is not None:
+        attack, threat = _spear(recipe.measure.inner)
+        oracle = Oracle(model)
+        found = attack.run(oracle, test.x, test.y, threat, seed=recipe.seed, ids=test.ids, check_model=False)
+        robust = judge(oracle, found.x_adv, test.x, test.y, threat, seed=recipe.seed, ids=test.ids).robust
+        measured.append(_number(f"robust accuracy, {threat}, {attack!r}", robust, recipe.seed, command))
+    return ModelCard(
+        name=recipe.name,
+        kind="shipped",
+        architecture=recipe.architecture,
+        options=recipe.options,
+        weights=weights.name,
+        sha256=file_sha256(weights),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        recipe=place,
+        measured=tuple(measured),
+        summary=recipe.card.summary,
+        data=recipe.card.data,
+        provenance=recipe.card.provenance,
+        licence=recipe.card.licence,
+    )
+
+
+def _number(metric: str, share: Interval, seed: int, command: str) -> Measured:
+    return Measured(
+        metric=metric,
+        value=round(share.value, 4),
+        low=round(share.low, 4),
+        high=round(share.high, 4),
+        n=share.n,
+        seed=seed,
+        command=command,
+    )
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(path.name + ".part")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
+    temporary.replace(path)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+__all__ = ["TrainRecipe", "TrainResult", "load_train_recipe", "train"]

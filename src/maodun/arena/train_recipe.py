@@ -1,0 +1,155 @@
+"""Training recipes: what to train, on what, and for how long, as data a person can write and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from maodun.arena.recipe import Radius
+from maodun.core.errors import InputError, nearest
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainData(_Part):
+    """The training split of `spec`; `validation` in (0, 1) is the share of every class held out to choose the epoch."""
+
+    spec: str
+    split: str = "train"
+    limit: int | None = Field(default=None, ge=1)
+    validation: float = Field(default=0.1, gt=0, lt=1)
+
+
+class InnerAttack(_Part):
+    """An attack by name with its options, in a ball of radius `eps` of `norm`."""
+
+    attack: str = "pgd"
+    options: dict[str, Any] = Field(default_factory=dict)
+    norm: Literal["linf", "l2", "l1"] = "linf"
+    eps: Radius
+
+
+class ObjectiveSpec(_Part):
+    """What is minimised.
+
+    standard: cross-entropy. adversarial: cross-entropy at the inputs that `inner` finds. distillation: a teacher at
+    `temperature` on hard labels, then a student at the same temperature on the teacher's soft ones.
+    """
+
+    kind: Literal["standard", "adversarial", "distillation"] = "standard"
+    inner: InnerAttack | None = None
+    temperature: float = Field(default=1.0, gt=0)
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class AugmentSpec(_Part):
+    """Random shifts by up to `shift` pixels, and mirror images when `flip`."""
+
+    shift: int = Field(default=0, ge=0)
+    flip: bool = False
+
+
+class FitSpec(_Part):
+    """The arguments of maodun.defenses.training.FitSettings."""
+
+    epochs: int = Field(default=30, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    rate: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    decay: float = Field(default=5e-4, ge=0)
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    clip: float | None = Field(default=None, gt=0)
+    average: float = Field(default=0.0, ge=0, lt=1)
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    channels_last: bool = False
+
+
+class CardSpec(_Part):
+    """What the model card says beyond what the recipe and the measurements say."""
+
+    summary: str
+    provenance: str
+    licence: str = "MIT"
+    data: str
+
+
+class MeasureSpec(_Part):
+    """What is measured on the test split when training is over: clean accuracy, and robust accuracy against `inner`."""
+
+    limit: int | None = Field(default=1000, ge=1)
+    inner: InnerAttack | None = None
+
+
+class TrainRecipe(_Part):
+    """A whole training run; equal recipes give equal weights on the same machine with the same number of threads.
+
+    The epoch is chosen on samples held out of the training split: by robust accuracy against `select` when given, by
+    clean accuracy otherwise. The test split is only measured at the end.
+    """
+
+    name: str
+    seed: int = 0
+    data: TrainData
+    architecture: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    objective: ObjectiveSpec = ObjectiveSpec()
+    select: InnerAttack | None = None
+    augment: AugmentSpec = AugmentSpec()
+    fit: FitSpec = FitSpec()
+    measure: MeasureSpec = MeasureSpec()
+    card: CardSpec
+
+
+def load_train_recipe(path: str | Path) -> TrainRecipe:
+    """Return the training recipe of a YAML file; InputError names the file, the line and what is wrong."""
+    source = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise InputError(f"recipe '{source}'", f"it cannot be read ({error.strerror})", "check the path") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"recipe '{source}'" + (f", line {mark.line + 1}" if mark else "")
+        raise InputError(where, "it is not valid YAML", "check indents, colons and quotes") from error
+    try:
+        recipe = TrainRecipe.model_validate(content)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        where = f"recipe '{source}', line {_line(node, first['loc'])}"
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known(first["loc"][:-1])
+            raise InputError(where, f"unknown key '{name}'", nearest(str(first["loc"][-1]), known)) from error
+        raise InputError(where, f"'{name}' is wrong ({first['msg']})", "correct the value") from error
+    if recipe.objective.kind == "adversarial" and recipe.objective.inner is None:
+        raise InputError(f"recipe '{source}'", "adversarial training has no inner attack", "add objective.inner")
+    return recipe
+
+
+def _line(node: yaml.Node | None, place: tuple[str | int, ...]) -> int:
+    """Return the line (from 1) of the deepest key of `place` that the file has."""
+    line = 1
+    for part in place:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        pair = next(((key, value) for key, value in node.value if key.value == part), None)
+        if pair is None:
+            break
+        line, node = pair[0].start_mark.line + 1, pair[1]
+    return line
+
+
+def _known(place: tuple[str | int, ...]) -> list[str]:
+    """Return the keys allowed at `place`."""
+    model: type[BaseModel] = TrainRecipe
+    for part in place:
+        annotation = model.model_fields[str(part)].annotation
+        choices = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)), model)
+    return list(model.model_fields)
