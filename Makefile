@@ -43,8 +43,11 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal --durations 15
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py
+# The peers live in an environment of their own; nothing of it touches .venv.
+bench: | $(BIN)/python
+	PYTHON=$(BIN)/python benchmarks/setup.sh
+	.venv-bench/bin/python -m benchmarks.speed
+	.venv-bench/bin/python -m benchmarks.strength
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from maodun.app import cli, flags
+from maodun.app import endings, flags
 from maodun.arena.recipe import parse_recipe
 from maodun.core.errors import InputError
 
@@ -49,7 +49,6 @@ def test_flags_are_the_recipe_written_by_hand() -> None:
         batch_size="16",
         precision="bf16",
         channels_last=True,
-        diagnostics=False,
     ).recipe()
     assert by_flags == by_hand
     assert by_flags.digest() == by_hand.digest()
@@ -90,7 +89,7 @@ def test_option_values_are_typed() -> None:
 def test_every_flag_of_the_dataclasses_is_a_flag_of_the_command(maodun) -> None:
     for command in ("evaluate", "attack"):
         shown = maodun(command, "--help").out
-        for kind in (flags.Flags, flags.RunFlags):
+        for kind in (flags.EvaluateFlags if command == "evaluate" else flags.Flags, flags.RunFlags):
             for name in kind.__dataclass_fields__:
                 assert "--" + name.replace("_", "-")[:14] in shown, (command, name)
 
@@ -111,11 +110,22 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
     assert time.perf_counter() - begin < 5  # about 0.3 s on an idle machine
 
 
-def test_an_interrupt_says_that_the_work_is_kept(maodun, monkeypatch) -> None:
-    def interrupted(*_: object) -> None:
+def test_an_interrupt_before_the_work_is_no_error(maodun, monkeypatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(flags.Flags, "recipe", interrupted)
     done = maodun("evaluate", "--model", "zoo:digits-cnn", "--data", "digits", "--eps", "0.1")
-    assert done.code == cli.INTERRUPTED
-    assert "resumes" in done.err
+    assert done.code == endings.INTERRUPTED
+    assert "interrupted" in done.err
+
+
+def test_the_recorded_command_gives_the_same_flags_again() -> None:
+    given_flags = flags.EvaluateFlags(
+        model="victims:linear", data="npz:my data.npz", eps="8/255", model_option=["a=1", "b=2"], diagnostics=False
+    )
+    line = flags.spell("evaluate", given_flags, flags.RunFlags(out="runs/x"))
+    assert line == (
+        "maodun evaluate --model victims:linear --data 'npz:my data.npz' --eps 8/255 "
+        "--model-option a=1 --model-option b=2 --no-diagnostics --out runs/x"
+    )

@@ -15,10 +15,8 @@ from typing import Annotated
 import typer
 
 from maodun.app import options as o
-from maodun.app.flags import Flags, RunFlags, flags_of
-
-WRONG_INPUT = 2
-INTERRUPTED = 130
+from maodun.app.endings import INTERRUPTED, WRONG_INPUT, Interrupted
+from maodun.app.flags import EvaluateFlags, Flags, RunFlags, flags_of
 
 app = typer.Typer(
     name="maodun",
@@ -41,20 +39,20 @@ class Things(StrEnum):
 
 @app.command()
 @flags_of
-def evaluate(flags: Flags, run: RunFlags) -> None:
+def evaluate(flags: EvaluateFlags, run: RunFlags) -> None:
     """Attack one model and print what is left of its accuracy, per attack and in the worst case."""
-    from maodun.app.runs import run_flags
+    from maodun.app import runs
 
-    run_flags(flags, run)
+    runs.evaluate(flags, run)
 
 
 @app.command()
 @flags_of
 def attack(flags: Flags, run: RunFlags) -> None:
     """Make adversarial inputs and save them, with what the model says about each."""
-    from maodun.app.runs import attack_flags
+    from maodun.app import runs
 
-    attack_flags(flags, run)
+    runs.attack(flags, run)
 
 
 @app.command()
@@ -66,9 +64,22 @@ def arena(
     quiet: o.Quiet = False,
 ) -> None:
     """Run every spear of a recipe against every shield; the same line again resumes."""
-    from maodun.app.runs import run_file
+    from maodun.app import runs
 
-    run_file(recipe, RunFlags(out=out, device=device, progress=progress, quiet=quiet))
+    runs.arena(recipe, RunFlags(out=out, device=device, progress=progress, quiet=quiet))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A training recipe in YAML.", show_default=False)],
+    out: Annotated[str, typer.Option(help="The folder of weights, card and checkpoint.")] = "runs/train",
+    resume: Annotated[bool, typer.Option("--resume/--restart", help="Continue after the last whole epoch.")] = True,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a model from a recipe, and measure it into a card; the same line again resumes."""
+    from maodun.app import training
+
+    training.train(recipe, out, resume=resume, quiet=quiet)
 
 
 @app.command("list")
@@ -101,6 +112,13 @@ def _usage_error(error: Exception) -> str | None:
     return f"command line: {reason}; see {command} --help"
 
 
+def _known_error(error: Exception) -> str | None:
+    """Return the line of an error that this package raises on purpose, None for any other."""
+    from maodun.core.errors import MaodunError
+
+    return str(error) if isinstance(error, MaodunError) else None
+
+
 def run(words: Sequence[str] | None = None) -> int:
     """Run one command line (default: that of the process) and return its exit code.
 
@@ -111,15 +129,15 @@ def run(words: Sequence[str] | None = None) -> int:
         result = app(args=None if words is None else list(words), prog_name="maodun", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted: finished shards are kept; the same command line resumes", INTERRUPTED)
+        return _say("interrupted: no work had begun", INTERRUPTED)
     except BrokenPipeError:
         # The reader went away, as in `maodun list attacks | head`: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Interrupted as stop:
+        return _say(f"interrupted: {stop}", INTERRUPTED)
     except Exception as error:
-        from maodun.core.errors import MaodunError
-
-        complaint = str(error) if isinstance(error, MaodunError) else _usage_error(error)
+        complaint = _usage_error(error) or _known_error(error)
         if complaint is None:
             raise
         return _say(f"error: {' '.join(complaint.split())}", WRONG_INPUT)

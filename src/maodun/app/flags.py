@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from maodun.app import options as o
-from maodun.core.errors import InputError
 
 if TYPE_CHECKING:
     from maodun.arena.recipe import Recipe
+    from maodun.core.errors import InputError
+
+
+def wrong(thing: str, reason: str, remedy: str) -> InputError:
+    """Return the error of an unusable word; its class comes with torch, which help should not wait for."""
+    from maodun.core.errors import InputError
+
+    return InputError(thing, reason, remedy)
 
 
 def parse_value(text: str) -> Any:
@@ -31,9 +39,7 @@ def parse_options(pairs: Sequence[str], *, thing: str) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key.strip() or not equals:
-            raise InputError(
-                f"{thing} '{pair}'", "is not of the form key=value", f"write {thing} steps=40, for example"
-            )
+            raise wrong(f"{thing} '{pair}'", "is not of the form key=value", f"write {thing} steps=40, for example")
         options[key.strip().replace("-", "_")] = parse_value(value)
     return options
 
@@ -42,7 +48,7 @@ def parse_named(text: str, *, thing: str) -> tuple[str, dict[str, Any]]:
     """Return name and options of "name:key=value:key=value", as in "pgd:steps=10:restarts=2"."""
     name, *pairs = text.split(":")
     if not name.strip():
-        raise InputError(f"{thing} '{text}'", "has no name", f"write {thing} pgd:steps=10, for example")
+        raise wrong(f"{thing} '{text}'", "has no name", f"write {thing} pgd:steps=10, for example")
     return name.strip(), parse_options(pairs, thing=thing)
 
 
@@ -62,7 +68,7 @@ def parse_radii(text: str | None) -> list[float]:
         try:
             radii.append(parse_radius(part.strip()))
         except ValueError as error:
-            raise InputError(
+            raise wrong(
                 f"eps '{part.strip()}'", str(error), "give a radius >= 0 in [0, 1] input units, as 8/255"
             ) from None
     return radii
@@ -77,7 +83,7 @@ def parse_batch_size(text: str) -> int | None:
     except ValueError:
         size = 0
     if size < 1:
-        raise InputError(f"--batch-size '{text}'", "is neither 'auto' nor a positive number", "leave it out for auto")
+        raise wrong(f"--batch-size '{text}'", "is neither 'auto' nor a positive number", "leave it out for auto")
     return size
 
 
@@ -105,15 +111,17 @@ class Flags:
     precision: o.Precision = "float32"
     channels_last: o.ChannelsLast = False
     compile: o.Compile = False
-    diagnostics: o.Diagnostics = True
 
-    def recipe(self) -> Recipe:
-        """Return the one-shield recipe these flags mean; raises InputError for what cannot be run."""
+    def recipe(self, *, diagnostics: bool = False, adversarials: bool = True) -> Recipe:
+        """Return the one-shield recipe these flags mean; raises InputError for what cannot be run.
+
+        `diagnostics` runs the suspicion checks, `adversarials` keeps the adversarial inputs in the store.
+        """
         from maodun.arena.recipe import make_recipe
 
         attacks = parse_attacks(self.attack)
         if not attacks:
-            raise InputError("--attack", "names no attack", "choose from 'maodun list attacks'")
+            raise wrong("--attack", "names no attack", "choose from 'maodun list attacks'")
         defense, options = parse_named(self.defense, thing="--defense")
         repeated = len({name for name, _ in attacks}) < len(attacks)
         spears = [
@@ -143,7 +151,8 @@ class Flags:
                 "shields": [shield],
                 "spears": spears,
                 "verdict": {"rule": self.rule, "draws": self.draws},
-                "diagnostics": self.diagnostics,
+                "adversarials": adversarials,
+                "diagnostics": diagnostics,
                 "compute": {
                     "precision": self.precision,
                     "batch_size": parse_batch_size(self.batch_size),
@@ -160,6 +169,13 @@ def _spell(name: str, options: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateFlags(Flags):
+    """The flags of `evaluate`: those of every run, and whether its result is doubted."""
+
+    diagnostics: o.Diagnostics = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFlags:
     """The flags that say how a run is carried out: they change no number of it."""
 
@@ -168,6 +184,22 @@ class RunFlags:
     device: o.Device = "cpu"
     progress: o.Show = o.Progress.bar
     quiet: o.Quiet = False
+
+
+def spell(command: str, *given: object) -> str:
+    """Return the command line that gives these flags again, without those left at their defaults."""
+    words = ["maodun", command]
+    for flags in given:
+        for field in fields(flags):  # type: ignore[arg-type]
+            value, name = getattr(flags, field.name), "--" + field.name.replace("_", "-")
+            if value == field.default or value is None:
+                continue
+            if isinstance(value, bool):
+                words.append(name if value else name.replace("--", "--no-", 1))
+                continue
+            for item in value if isinstance(value, list | tuple) else [value]:
+                words += [name, str(item)]
+    return shlex.join(words)
 
 
 def flags_of(function: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -24,44 +23,45 @@ def _table(*headers: str) -> Table:
     return table
 
 
-def first_sentence(thing: object) -> str:
-    """Return the first line of a docstring, without its full stop."""
-    text = inspect.getdoc(thing) or ""
-    return text.partition("\n")[0].rstrip(".")
-
-
-def _yes(flag: object) -> str:
+def _yes(flag: bool) -> str:
     return "yes" if flag else ""
 
 
 def _attacks() -> Table:
-    from maodun.attacks.registry import ATTACKS
+    from maodun.attacks.registry import describe
 
-    table = _table("attack", "norms", "kind", "access", "targeted", "what it does")
-    for name, attack in sorted(ATTACKS.items()):
-        norms = " ".join(getattr(attack, "norms", ()))
-        kind, access = getattr(attack, "kind", ""), str(getattr(attack, "access", ""))
-        targeted = _yes(getattr(attack, "supports_targeted", False))
-        table.add_row(name, norms, kind, access, targeted, first_sentence(attack))
+    table = _table("attack", "norms", "kind", "access", "targeted", "images only", "what it does")
+    for row in describe():
+        flags = _yes(row.targeted), _yes(row.images_only)
+        table.add_row(row.name, " ".join(row.norms), row.kind, row.access, *flags, row.summary)
     return table
 
 
 def _defenses() -> Table:
-    from maodun.defenses import DEFENSES
+    from maodun.defenses.registry import DEFENSES
 
     table = _table("defence", "what it does")
-    for name, defense in sorted(DEFENSES.items()):
-        table.add_row(name, first_sentence(defense))
+    for name, defense in DEFENSES.items():
+        table.add_row(name, (inspect.getdoc(defense) or "").partition("\n")[0].rstrip("."))
     return table
 
 
-def _cards(kind: str) -> Table:
-    from maodun import zoo
+def _models() -> Table:
+    from maodun.zoo.cards import list_models
 
-    cards: list[Any] = list(zoo.list_models() if kind == "models" else zoo.list_data())
-    table = _table(kind.rstrip("s"), "what it is")
-    for card in cards:
-        table.add_row(str(card.name), str(card.summary))
+    table = _table("model", "data", "parameters", "here", "what it is")
+    for card in list_models():
+        here = "yes" if card.available else "needs MAODUN_DATA"
+        table.add_row(card.spec, card.data, f"{card.parameters:,}", here, card.summary)
+    return table
+
+
+def _data() -> Table:
+    from maodun.zoo.data import list_data
+
+    table = _table("data", "here", "what it is")
+    for info in list_data():
+        table.add_row(info.spec, "yes" if info.available else "no", info.summary)
     return table
 
 
@@ -84,8 +84,8 @@ def show(thing: str) -> None:
     makers: dict[str, Callable[[], Table]] = {
         "attacks": _attacks,
         "defenses": _defenses,
-        "models": lambda: _cards("models"),
-        "data": lambda: _cards("data"),
+        "models": _models,
+        "data": _data,
         "recipes": _recipes,
     }
     console().print(makers[thing]())
