@@ -82,6 +82,36 @@ def train(
     training.train(recipe, out, resume=resume, quiet=quiet)
 
 
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)],
+    out: Annotated[
+        list[str] | None,
+        typer.Option(help="A .html, .csv, .json, .md or .tex file; may be repeated. [default: RUN/report.html]"),
+    ] = None,
+    light: Annotated[bool, typer.Option("--light", help="Static charts, no scripts: a small file.")] = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write a run's page, or its numbers as CSV, JSON, Markdown or LaTeX."""
+    from maodun.app import reporting
+
+    reporting.report(folder, out or [], light=light, quiet=quiet)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)],
+    second: Annotated[str, typer.Argument(help="Another's.", metavar="RUN", show_default=False)],
+    out: Annotated[list[str] | None, typer.Option(help="A .html or .md file; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="The seed of the bootstrap.")] = 0,
+    quiet: o.Quiet = False,
+) -> None:
+    """Print the paired differences of two runs with their intervals and tests."""
+    from maodun.app import reporting
+
+    reporting.compare(first, second, out or [], seed=seed, quiet=quiet)
+
+
 @app.command("list")
 def list_(thing: Annotated[Things, typer.Argument(help="What to list.", show_default=False)]) -> None:
     """List attacks, defences, models, data or recipes."""

@@ -109,7 +109,7 @@ class Flags:
     seed: o.Seed = 0
     batch_size: o.BatchSize = "auto"
     precision: o.Precision = "float32"
-    channels_last: o.ChannelsLast = False
+    channels_last: o.ChannelsLast = True
     compile: o.Compile = False
 
     def recipe(self, *, diagnostics: bool = False, adversarials: bool = True) -> Recipe:
@@ -224,5 +224,5 @@ def flags_of(function: Callable[..., None]) -> Callable[..., None]:
             parameters.append(word)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {word.name: word.annotation for word in parameters}
-    del command.__wrapped__  # type: ignore[attr-defined]
+    del command.__wrapped__
     return command

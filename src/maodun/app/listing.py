@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from maodun.app.tables import console
+from maodun.app.consoles import console
 
 # What a published number is printed with: these decide it, the rest only carries it.
 _DECIDES = ("maodun", "torch", "numpy", "scipy", "scikit-learn", "pillow")

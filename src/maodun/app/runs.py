@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maodun.app.consoles import console
 from maodun.app.endings import Interrupted
 from maodun.app.flags import EvaluateFlags, Flags, RunFlags, spell
 from maodun.app.options import Pictures, Progress
-from maodun.app.tables import console, print_summary
 from maodun.arena.progress import watcher
 from maodun.arena.recipe import Recipe, load_recipe
 from maodun.arena.run import drive
@@ -48,7 +48,7 @@ def arena(path: str, run: RunFlags) -> None:
     recipe = load_recipe(path)
     out = run.out or f"runs/{Path(path).stem}"
     _, summary = _run(recipe, out, run, f"maodun arena {path} --out {out}")
-    _show(summary, run)
+    _show(summary, run, matrix=len(recipe.shields) > 1)
     if not run.quiet:
         console().print(f"kept in {out}; the page: maodun report {out}", style="dim", soft_wrap=True)
 
@@ -67,9 +67,11 @@ def _run(recipe: Recipe, out: str, run: RunFlags, command: str, *, kept: bool = 
         raise Interrupted(state if kept else "nothing is kept without --out") from None
 
 
-def _show(summary: RunSummary, run: RunFlags) -> None:
+def _show(summary: RunSummary, run: RunFlags, *, matrix: bool = False) -> None:
+    from maodun.report.terminal import summary_view
+
     if not run.quiet:
-        print_summary(summary)
+        console().print(summary_view(summary, matrix=matrix))
 
 
 def _save(met: Arena, kind: Pictures, run: RunFlags) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from maodun.app.consoles import console
 from maodun.app.endings import Interrupted
-from maodun.app.tables import console
 
 
 def train(recipe: str, out: str, *, resume: bool, quiet: bool) -> None:
