@@ -1,0 +1,118 @@
+"""A run's summary as Rich tables and sentences for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from maodun.report.view import matrices
+from maodun.report.words import by_urgency, count, interval, number, percent, rate, threat
+
+if TYPE_CHECKING:
+    from maodun.arena.summary import Finding, RunSummary
+
+_STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "alarm": "bold red"}
+_REDUCED = "* searched in reduced precision: not a reference result"
+
+
+def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...], last: tuple[str, ...] = ()) -> Table:
+    # User text goes in as Text throughout: as a string, "[red]" in a name would be taken for markup.
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")
+    for header in words:
+        table.add_column(Text(header), overflow="fold")
+    for header in numbers:
+        table.add_column(Text(header), justify="right")
+    for header in last:
+        table.add_column(Text(header), overflow="fold")
+    return table
+
+
+def cells_table(summary: RunSummary) -> Table:
+    """Return a row per cell: accuracies with intervals, median distance, mean calls per sample, seconds."""
+    numbers = ("clean", "robust [95 %]", "median distance", "forwards", "backwards", "queries", "seconds")
+    table = _table(f"{summary.name}: robust accuracy per spear", ("shield", "spear", "threat"), numbers)
+    for cell in summary.cells:
+        table.add_row(
+            Text(cell.shield),
+            Text(cell.spear if cell.reference else f"{cell.spear} *"),
+            Text(threat(cell.norm, cell.eps, targeted=cell.targeted)),
+            f"{percent(cell.clean.value)} %",
+            Text(rate(cell.robust)),
+            number(cell.median_distance),
+            number(cell.forwards),
+            number(cell.backwards),
+            number(cell.queries),
+            number(cell.seconds, digits=3),
+        )
+    if any(not cell.reference for cell in summary.cells):
+        table.caption = _REDUCED
+    return table
+
+
+def matrix_tables(summary: RunSummary) -> list[Table]:
+    """Return one spear x shield table of robust accuracies per threat; the strongest spear of a shield is bold."""
+    made = []
+    for matrix in matrices(summary):
+        table = _table(f"robust accuracy, % [95 %], {matrix.title}", ("spear",), matrix.shields)
+        bodies = [("clean, no attack", matrix.clean), *matrix.rows, ("worst case", matrix.worst)]
+        for place, (name, entries) in enumerate(bodies):
+            words = [Text(name, style="bold" if place == len(bodies) - 1 else "")]
+            for entry in entries:
+                if entry is None:
+                    words.append(Text("not run", style="dim"))
+                    continue
+                text = f"{percent(entry.rate.value)} {interval(entry.rate)}" + ("" if entry.reference else " *")
+                words.append(Text(text, style="bold" if entry.strongest or place == len(bodies) - 1 else ""))
+            table.add_row(*words, end_section=place in (0, len(bodies) - 2))
+        if not matrix.all_reference:
+            table.caption = _REDUCED
+        made.append(table)
+    return made
+
+
+def worst_table(summary: RunSummary) -> Table:
+    """Return a row per shield and threat: what is left standing when every spear counts."""
+    numbers = ("clean", "worst case [95 %]", "n")
+    table = _table("worst case over all spears", ("shield", "threat"), numbers, ("strongest",))
+    for worst in summary.worst:
+        table.add_row(
+            Text(worst.shield),
+            Text(threat(worst.norm, worst.eps)),
+            Text(rate(worst.clean)),
+            Text(rate(worst.robust), style="bold"),
+            str(worst.robust.n),
+            Text(worst.strongest),
+        )
+    return table
+
+
+def finding_line(finding: Finding) -> Text:
+    """Return a finding as one line: level, where, the sentence and the next action."""
+    where = finding.shield + (f" / {finding.spear}" if finding.spear else "")
+    line = Text(f"{finding.level}: ", style=_STYLES.get(finding.level, ""))
+    return line.append(f"{where}: {finding.sentence} {finding.action}".rstrip(), style="default")
+
+
+def summary_view(summary: RunSummary, *, findings: bool = True, matrix: bool = False) -> Group:
+    """Return everything a terminal shows about a run, ready for `Console.print`.
+
+    Cells (as a matrix per threat when `matrix`), worst cases, and, when `findings`, those that ask for
+    something, alarms first, with a count of the checks that passed.
+    """
+    parts: list[RenderableType] = []
+    if summary.cells:
+        parts += matrix_tables(summary) if matrix else [cells_table(summary)]
+    if summary.worst:
+        parts.append(worst_table(summary))
+    if findings and summary.findings:
+        wanted = [finding for finding in by_urgency(summary.findings) if finding.level != "ok"]
+        parts += [finding_line(finding) for finding in wanted]
+        passed = count(len(summary.findings) - len(wanted), "check")
+        parts.append(Text(f"{passed} passed, {len(wanted)} worth a look", style="dim"))
+    if not summary.complete:
+        parts.append(Text("this run is not complete: the same command line resumes it", style="yellow"))
+    return Group(*parts)
