@@ -235,3 +235,22 @@ def test_labels_and_targets_refused():
 def test_outputs_refused(logits, y, match):
     with pytest.raises(InputError, match=match):
         check_outputs(logits * (1 if "prob" in match else 3.0), torch.tensor(y), None)
+
+
+def test_conv_weights_change_layout_for_the_run_only_and_never_values():
+    seen = []
+
+    class Spy(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(self.weight.is_contiguous(memory_format=torch.channels_last))
+            return super().forward(x)
+
+    model = nn.Sequential(Spy(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = model[0].weight.detach().clone()
+    strides = model[0].weight.stride()
+    x = Stream(0, "x").uniform(IDS, (3, 6, 6))
+    y = torch.zeros(6, dtype=torch.int64)
+    fast = PGD(steps=3).run(Oracle(model), x, y, Threat("linf", 0.1))
+    assert any(seen) and model[0].weight.stride() == strides and torch.equal(model[0].weight, before)
+    slow = PGD(steps=3).run(Oracle(model, channels_last=False), x, y, Threat("linf", 0.1))
+    assert torch.allclose(fast.x_adv, slow.x_adv, atol=1e-4)

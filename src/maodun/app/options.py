@@ -58,7 +58,9 @@ Seed = Annotated[int, _flag(_VERDICT, "The seed of every random number of the ru
 
 BatchSize = Annotated[str, _flag(_RUN, "auto, or samples per batch; results do not depend on it.")]
 Precision = Annotated[str, _flag(_RUN, "float32, or bf16 for the search only (not a reference result).")]
-ChannelsLast = Annotated[bool, _flag(_RUN, "Run convolutions in channels-last order.", "--channels-last")]
+ChannelsLast = Annotated[
+    bool, _flag(_RUN, "Lay convolutions out channels-last on a CPU.", "--channels-last/--no-channels-last")
+]
 Compile = Annotated[bool, _flag(_RUN, "Compile the model first.", "--compile")]
 Device = Annotated[str, _flag(_RUN, "cpu, cuda, cuda:1, mps, ...")]
 Out = Annotated[str | None, _flag(_RUN, "The run's folder (any fsspec path); the same line again resumes.")]

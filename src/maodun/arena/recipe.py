@@ -145,7 +145,7 @@ class ComputeSpec(_Part):
 
     precision: Literal["float32", "bf16"] = "float32"
     batch_size: int | None = Field(default=None, ge=1)
-    channels_last: bool = False
+    channels_last: bool = True
     compile: bool = False
 
 

@@ -64,7 +64,6 @@ class Arena:
     def oracle(self, shield: Shield, cell: Cell | None = None) -> Oracle:
         """Return the shield as the cell's spear may ask it; without a cell, as the verdict does."""
         compute = self.recipe.compute
-        layout = True if compute.channels_last else None
         if cell is None:
             return Oracle(shield.model, batch_size=compute.batch_size, stochastic=shield.stochastic)
         return Oracle(
@@ -74,7 +73,7 @@ class Arena:
             budget=budget(cell.spec),
             batch_size=compute.batch_size,
             precision=compute.precision,
-            channels_last=layout,
+            channels_last=compute.channels_last,
             compile=compute.compile,
             stochastic=shield.stochastic,
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from maodun.core import context
 from maodun.core.errors import InputError
 from maodun.core.estimators import BPDA, EOT, NES, SPSA, Estimate, Estimator, Exact, Heads
+from maodun.core.modes import conv_weights_channels_last, evaluation_mode, refuse_training_batchnorm
 from maodun.core.sizing import automatic_batch_size
 from maodun.core.streams import Stream
 
@@ -64,24 +65,6 @@ class Meter:
         return Meter(*(torch.zeros(n, dtype=torch.int64, device=device) for _ in range(3)))
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode and freeze every parameter; restore each flag exactly on leaving."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
 def is_stochastic(model: nn.Module) -> bool:
     """Tell whether any submodule declares `stochastic = True`."""
     return any(getattr(module, "stochastic", False) is True for module in model.modules())
@@ -94,7 +77,7 @@ class Oracle:
     `model` maps [0, 1] inputs (N x ...) to logits (N x C). `access` is gradient, scores or decision. `gradient` is
     Exact(), BPDA(), EOT(), NES() or SPSA(). `budget` bounds each sample's cost. `batch_size` is the micro-batch of one
     model call (None: chosen from the model's activations). `precision` "bf16" searches under autocast (verdicts
-    stay in float32). `channels_last` None means on for 4-D inputs to convolutions on a CPU. `compile` uses
+    stay in float32). `channels_last` False leaves convolution weights in their layout on a CPU. `compile` uses
     torch.compile. `stochastic` None means: declared by a module or seen in two different answers. `keep_mode` leaves
     the modules' training flags alone. InputError when access and estimator do not fit, or BatchNorm is in train mode.
     """
@@ -105,7 +88,7 @@ class Oracle:
     budget: Budget = field(default_factory=Budget)
     batch_size: int | None = None
     precision: str = "float32"
-    channels_last: bool | None = None
+    channels_last: bool = True
     compile: bool = False
     stochastic: bool | None = None
     keep_mode: bool = False
@@ -131,24 +114,14 @@ class Oracle:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Hold the model in evaluation mode with frozen parameters for the time of a run."""
-        with nullcontext() if self.keep_mode else evaluation_mode(self.model):
+        """Hold the model in evaluation mode with frozen parameters, conv weights laid out for speed, for a run."""
+        layout = conv_weights_channels_last(self.model) if self.channels_last else nullcontext()
+        with nullcontext() if self.keep_mode else evaluation_mode(self.model), layout:
             yield
 
     def session(self, x: Tensor, ids: Tensor, seed: int) -> Session:
         """Open a run on the samples `x` (N x ...) with sample ids `ids` (N,)."""
         return Session(self, x, ids, seed)
-
-
-def refuse_training_batchnorm(model: nn.Module) -> None:
-    """Raise InputError when a BatchNorm layer is in training mode: its output would depend on the batch."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise InputError(
-                "model",
-                f"is in training mode and contains BatchNorm ('{name}'), so answers depend on the batch",
-                "call model.eval() first",
-            )
 
 
 class Session:
@@ -160,9 +133,6 @@ class Session:
         self.meter = Meter.zeros(x.shape[0], x.device)
         self.keyed = is_stochastic(oracle.model)
         self.stochastic = self.keyed if oracle.stochastic is None else oracle.stochastic
-        conv = any(isinstance(module, nn.Conv2d) for module in oracle.model.modules())
-        automatic = x.ndim == 4 and conv and x.device.type == "cpu"
-        self.channels_last = automatic if oracle.channels_last is None else oracle.channels_last and x.ndim == 4
         self.batch_size = oracle.batch_size or automatic_batch_size(oracle.model, x)
         self.purpose = "search"
         self._limited = oracle.budget != Budget()
@@ -188,8 +158,6 @@ class Session:
 
     def call(self, x: Tensor, index: Tensor, number: Tensor) -> Tensor:
         """Pass `x` through the model in the oracle's numerics, draws keyed by id and `number`; counts nothing."""
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
         with ExitStack() as stack:
             if self.stochastic:
                 stack.enter_context(randomness(self.noise(self.purpose), self.sample_ids[index], number, self.keyed))
