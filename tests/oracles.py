@@ -42,8 +42,16 @@ def linear(classes: int = 5, entries: int = 24, seed: int = 0, scale: float = 1.
 
 
 def samples(model: nn.Module, n: int, shape: tuple[int, ...] = SHAPES[3], seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Inputs in [0.4, 0.6], far from the box's walls, and the classes the model gives them."""
-    x = 0.4 + 0.2 * torch.rand(n, *shape, generator=generator(seed))
+    """Inputs in [0.3, 0.7], with room to the box's walls, and the classes the model gives them.
+
+    Those of a linear model lie towards the weights of a random class: margins of a size an attack has to work for.
+    """
+    source = generator(seed)
+    x = 0.45 + 0.1 * torch.rand(n, *shape, generator=source)
+    if isinstance(model, Linear):
+        weight = model.weight.detach()
+        pick = weight[torch.randint(weight.shape[0], (n,), generator=source)]
+        x = x + (0.15 * pick / pick.abs().amax(1, keepdim=True)).reshape(x.shape)
     with torch.no_grad():
         return x, model(x).argmax(1)
 
