@@ -145,7 +145,7 @@ def test_factory_that_is_not_there(evaluate: Maodun) -> None:
 
 
 def test_unknown_zoo_model_names_the_nearest(evaluate: Maodun) -> None:
-    names(evaluate(model="zoo:digits-cn").error, "digits-cn", "did you mean 'digits-cnn'")
+    names(evaluate(model="zoo:digits-cn").error, "digits-cn", "did you mean 'zoo:digits-cnn'")
 
 
 def test_unknown_data(evaluate: Maodun) -> None:
@@ -153,7 +153,7 @@ def test_unknown_data(evaluate: Maodun) -> None:
 
 
 def test_wrong_norm_for_an_attack(evaluate: Maodun) -> None:
-    names(evaluate("--norm", "l1", attack="square").error, "square", "l1", "linf")
+    names(evaluate("--norm", "linf", attack="cw").error, "cw", "linf", "l2")
 
 
 def test_unknown_norm(evaluate: Maodun) -> None:

@@ -158,6 +158,9 @@ def run(words: Sequence[str] | None = None) -> int:
     try:
         result = app(args=None if words is None else list(words), prog_name="maodun", standalone_mode=False)
         sys.stdout.flush()
+        # Typer's versions end an interrupt in three ways: as it came, as Abort, as an exit code.
+        if result == INTERRUPTED:
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted: no work had begun", INTERRUPTED)
     except BrokenPipeError:
