@@ -156,6 +156,8 @@ def compare(
             continue
         pairs.append(_cell_pair(one, two, key[0], reader, seed=seed, draws=draws))
     pairs = [*_grouped(left, right, reader, seed=seed, draws=draws), *pairs]
+    shields = [pair.shield for pair in pairs]
+    pairs.sort(key=lambda pair: shields.index(pair.shield))
     notes = _notes(first, second, renamed, pairs)
     return Comparison(names[0], names[1], seed, draws, tuple(_corrected(pairs)), tuple(notes))
 

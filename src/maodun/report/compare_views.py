@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -118,7 +119,7 @@ def comparison_html(comparison: Comparison) -> str:
     def place(value: float | None) -> str:
         return f"{50 + 50 * (value or 0.0) / reach:.2f}"
 
-    lines = [
+    lines: list[dict[str, Any]] = [
         {
             "words": spelled(pair, notes),
             "significant": significant(pair),
@@ -131,8 +132,7 @@ def comparison_html(comparison: Comparison) -> str:
         for pair in comparison.pairs
     ]
     content = {
-        "lines": lines,
-        "headers": _HEADERS,
+        "lines": [(name, list(group)) for name, group in groupby(lines, key=lambda line: line["words"][0])],
         "reach": f"{100 * reach:.0f}",
         "explanation": explanation(comparison),
         "version": package_version(),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from maodun.core.errors import InputError, nearest
 from maodun.report.files import write_text
-from maodun.report.words import NOTHING, number, percent, rule, threat
+from maodun.report.words import NOTHING, members, number, percent, rule, threat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -100,14 +100,14 @@ def _cell_row(summary: RunSummary, cell: CellSummary) -> Row:
 def _worst_rows(summary: RunSummary) -> list[Row]:
     made = []
     for worst in summary.worst:
-        cells = [c for c in summary.cells if (c.shield, c.norm, c.eps) == (worst.shield, worst.norm, worst.eps)]
+        cells = members(summary, worst)
         made.append(
             Row(
                 shield=worst.shield,
                 spear=WORST,
                 norm=worst.norm,
                 eps=worst.eps,
-                targeted=bool(cells) and all(cell.targeted for cell in cells),
+                targeted=worst.targeted,
                 rule=cells[0].rule if cells else "",
                 draws=cells[0].draws if cells else None,
                 n=worst.robust.n,

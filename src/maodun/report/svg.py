@@ -11,7 +11,7 @@ from maodun.report.charts import MARKERS, Chart, Line, Style
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-WIDTH, HEIGHT = 420, 300
+WIDTH, HEIGHT = 360, 257
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 22, 44
 _CORNERS: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),

@@ -81,7 +81,7 @@ def worst_table(summary: RunSummary) -> Table:
     for worst in summary.worst:
         table.add_row(
             Text(worst.shield),
-            Text(threat(worst.norm, worst.eps)),
+            Text(threat(worst.norm, worst.eps, targeted=worst.targeted)),
             Text(rate(worst.clean)),
             Text(rate(worst.robust), style="bold"),
             str(worst.robust.n),

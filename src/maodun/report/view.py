@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from maodun.report.words import concerns, count, percent, rule, threat_sign
+from maodun.report.words import concerns, count, members, percent, rule, threat_sign
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 # One hue from pale to deep: the order survives grey print and every kind of colour vision.
 _RAMP = ((246, 249, 253), (205, 222, 240), (133, 176, 217), (52, 116, 178), (8, 48, 107))
-_INK, _PAPER = "#14202e", "#ffffff"
+# Black and no softer ink: only the widest pair leaves 4.5 to one for every shade between.
+_INK, _PAPER = "#000000", "#ffffff"
 
 
 def heat(value: float) -> tuple[str, str]:
     """Return (background, text) colours for a share in [0, 1]: deeper means more is standing, text always legible.
 
-    The text is the one of dark ink and white with the higher WCAG contrast, at least 4.5 everywhere.
+    The text is the one of black and white with the higher WCAG contrast, at least 4.5 everywhere.
     """
     if not math.isfinite(value):
         return "#f1f3f6", _INK
@@ -65,10 +66,6 @@ class ShieldVerdict:
     warnings: int
 
 
-def _same(cell: CellSummary, worst: WorstCase) -> bool:
-    return (cell.shield, cell.norm, cell.eps) == (worst.shield, worst.norm, worst.eps)
-
-
 def verdicts(summary: RunSummary) -> list[ShieldVerdict]:
     """Return the headlines, one entry per shield in order of appearance."""
     found = []
@@ -76,9 +73,11 @@ def verdicts(summary: RunSummary) -> list[ShieldVerdict]:
         judgements = []
         for worst in summary.worst:
             if worst.shield == shield:
-                cells = [cell for cell in summary.cells if _same(cell, worst)]
+                cells = members(summary, worst)
                 reference = all(cell.reference for cell in cells)
-                judgements.append(Judgement(threat_sign(worst.norm, worst.eps), worst, len(cells), reference))
+                judgements.append(
+                    Judgement(threat_sign(worst.norm, worst.eps, targeted=worst.targeted), worst, len(cells), reference)
+                )
         alarms, warnings = (len(concerns(summary, shield, level)) for level in ("alarm", "warning"))
         found.append(ShieldVerdict(shield, tuple(judgements), alarms, warnings))
     return found
@@ -88,7 +87,7 @@ def sentence(shield: str, judgement: Judgement) -> str:
     """Return the verdict as one plain sentence, as read out by a screen reader or pasted into a mail."""
     worst = judgement.worst
     robust = worst.robust
-    if not math.isfinite(robust.value):
+    if not robust.n or not math.isfinite(robust.value):
         return f"{shield}: nothing was measured under {judgement.threat} yet."
     against = f"all {judgement.spears} spears" if judgement.spears > 1 else "its one spear"
     text = (
@@ -174,7 +173,7 @@ def matrices(summary: RunSummary) -> list[Matrix]:
 
 def _worst(summary: RunSummary, cells: Sequence[CellSummary], shield: str) -> Entry | None:
     own = [cell for cell in cells if cell.shield == shield]
-    found = next((worst for worst in summary.worst if own and _same(own[0], worst)), None)
+    found = next((worst for worst in summary.worst if own and own[0] in members(summary, worst)), None)
     if found is None:
         return None
     reference = all(cell.reference for cell in own)

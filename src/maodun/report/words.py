@@ -10,7 +10,7 @@ from maodun.arena.recipe import format_radius
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from maodun.arena.summary import CellSummary, Finding, Rate, RunSummary
+    from maodun.arena.summary import CellSummary, Finding, Rate, RunSummary, WorstCase
 
 # The most urgent first: this is the order in which a reader should meet them.
 LEVELS = ("alarm", "warning", "note", "ok")
@@ -30,7 +30,7 @@ def interval(rate: Rate) -> str:
 
 def rate(value: Rate) -> str:
     """Return a rate with its interval, "72.4 % [69.5, 75.1]"; a dash when it has no samples."""
-    if not math.isfinite(value.value):
+    if not value.n or not math.isfinite(value.value):
         return NOTHING
     return f"{percent(value.value)} % {interval(value)}"
 
@@ -76,6 +76,12 @@ def statuses(cell: CellSummary) -> str:
 def rule(cell: CellSummary) -> str:
     """Return the verdict's rule with its draws, "majority of 10" or "single"."""
     return cell.rule if cell.draws <= 1 else f"{cell.rule} of {cell.draws}"
+
+
+def members(summary: RunSummary, worst: WorstCase) -> list[CellSummary]:
+    """Return the cells that a worst case is taken over."""
+    place = (worst.shield, worst.norm, worst.eps, worst.targeted)
+    return [cell for cell in summary.cells if (cell.shield, cell.norm, cell.eps, cell.targeted) == place]
 
 
 def by_urgency(findings: Iterable[Finding]) -> list[Finding]:
