@@ -31,10 +31,15 @@ _PICTURES = 6
 
 
 class Records:
-    """The columns of a cell's finished shards as numpy arrays, with the cell's line of the manifest."""
+    """The columns of a cell's finished shards as numpy arrays, with the cell's line of the manifest.
 
-    def __init__(self, about: dict[str, Any], shards: list[int], table: pa.Table) -> None:
+    `shards` are their numbers and `ends` the row after the last of each.
+    """
+
+    def __init__(self, about: dict[str, Any], shards: list[int], tables: list[pa.Table]) -> None:
         self.about, self.shards = about, shards
+        self.ends = np.cumsum([table.num_rows for table in tables])
+        table = pa.concat_tables(tables)
         self.columns: dict[str, NDArray[Any]] = {name: column(table, name) for name in table.column_names}
 
     @property
@@ -78,7 +83,7 @@ def _records(store: Store, about: dict[str, Any], shards: int) -> Records | None
     there = [number for number, name in names.items() if store.exists(name)]
     if not there:
         return None
-    return Records(about, there, store.read_table([names[number] for number in there]))
+    return Records(about, there, [store.read_table([names[number]]) for number in there])
 
 
 def _findings(store: Store, manifest: dict[str, Any]) -> tuple[list[Finding], bool]:
@@ -200,22 +205,23 @@ def _diagram(records: Records, kind: str, shield: str, spear: str) -> Iterator[R
 
 
 def _pictures(store: Store, records: Records) -> Iterator[Picture]:
-    """Yield the first fallen samples of a cell whose inputs are in the store, from its first shard."""
-    about, columns, shard = records.about, records.columns, records.shards[0]
-    part = f"adversarials/{about['name']}/{part_name(shard)}.npz"
-    if not store.exists(part):
-        return
-    size = len(store.read_arrays(part)["ids"])
-    for row in np.flatnonzero(metrics.fallen(columns)[:size])[:_PICTURES]:
+    """Yield the first fallen samples of a cell whose adversarial inputs are in the store."""
+    about, columns = records.about, records.columns
+    for place in np.flatnonzero(metrics.fallen(columns))[:_PICTURES]:
+        # The rows of the finished shards stand one after the other, in the shards' order.
+        shard = int(np.searchsorted(records.ends, place, side="right"))
+        part = f"adversarials/{about['name']}/{part_name(records.shards[shard])}.npz"
+        if not store.exists(part):
+            return
         yield Picture(
             cell=about["name"],
             shield=about["shield"],
             spear=about["spear"],
             part=part,
-            row=int(row),
-            sample_id=int(columns["sample_id"][row]),
-            label=int(columns["label"][row]),
-            clean_pred=int(columns["clean_pred"][row]),
-            adv_pred=int(columns["adv_pred"][row]),
-            distance=float(columns["distance"][row]),
+            row=int(place - (records.ends[shard - 1] if shard else 0)),
+            sample_id=int(columns["sample_id"][place]),
+            label=int(columns["label"][place]),
+            clean_pred=int(columns["clean_pred"][place]),
+            adv_pred=int(columns["adv_pred"][place]),
+            distance=float(columns["distance"][place]),
         )

@@ -141,7 +141,7 @@ def _shield(spec: ShieldSpec, data: Dataset, device: torch.device, given: nn.Mod
     about["sha256"] = digest
     defended = spec.defense != "none"
     if defended:
-        from maodun.defenses.registry import Defended, build_defense
+        from maodun.defenses import Defended, build_defense
 
         about.update({key: str(value) for key, value in spec.options.items()})
         model = Defended(build_defense(spec.defense, **spec.options), model).to(device).eval()

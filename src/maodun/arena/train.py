@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +80,9 @@ def train(
     _save(model, weights)
     card = _card(described, model, weights, recipe)
     card_file = folder / f"{described.name}.yaml"
-    _write(card_file, yaml.safe_dump(card.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110))
+    _write(
+        card_file, yaml.safe_dump(card.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110).encode()
+    )
     for phase in run.phases:
         run.checkpoint(phase).unlink(missing_ok=True)
     return TrainResult(model, card, weights, card_file, report)
@@ -114,7 +117,9 @@ class _Run:
         if spec.inner is None:
             return self.phase("model", Standard(spec.smoothing), seed)
         attack, threat = _spear(spec.inner)
-        return self.phase("model", AdversarialTraining(Inner(attack, threat, seed), spec.smoothing), seed)
+        steps = self.recipe.fit.epochs * math.ceil(self.x.shape[0] / self.recipe.fit.batch_size)
+        inner = Inner(attack, threat, seed, round(spec.ramp * steps))
+        return self.phase("model", AdversarialTraining(inner, spec.smoothing), seed)
 
     def phase(self, name: str, objective: Objective, seed: int) -> tuple[nn.Module, FitReport]:
         recipe, checkpoint = self.recipe, self.checkpoint(name)
@@ -199,17 +204,15 @@ def _number(metric: str, share: Interval, seed: int, command: str) -> Measured:
 
 
 def _save(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    _write(path, save({name: value.contiguous() for name, value in model.state_dict().items()}))
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".part")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
-    temporary.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -39,11 +39,13 @@ class ObjectiveSpec(_Part):
 
     standard: cross-entropy. adversarial: cross-entropy at the inputs that `inner` finds. distillation: a teacher at
     `temperature` on hard labels, then a student at the same temperature on the teacher's soft ones.
+    `ramp` in [0, 1] is the share of the steps over which the inner radius grows to its full size.
     """
 
     kind: Literal["standard", "adversarial", "distillation"] = "standard"
     inner: InnerAttack | None = None
     temperature: float = Field(default=1.0, gt=0)
+    ramp: float = Field(default=0.0, ge=0, le=1)
     smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
