@@ -71,7 +71,7 @@ class HubClassifier(nn.Module):
 
 
 def load_transformers(name: str, spec: str, options: dict[str, Any]) -> nn.Module:
-    """Return an image classifier of the hub or a local folder, normalisation inside; safetensors only, no remote code."""
+    """Return an image classifier of the hub or a local folder, normalisation inside; no remote code."""
     transformers = _library("transformers", spec)
     remedy = "give the id or folder of an image classifier with safetensors weights"
     kwargs = {"use_safetensors": True, "trust_remote_code": False, **options}

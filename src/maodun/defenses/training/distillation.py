@@ -20,8 +20,8 @@ class Distillation:
     `temperature` T > 0; `soft` holds the teacher's probabilities at the same T for every training row, N x classes,
     or None for hard labels. Both nets are trained at T and deployed at T = 1, so the student's logits are about T
     times larger than usual, cross-entropy gradients underflow there, and a plain gradient attack goes blind while a
-    margin loss does not. Source: Papernot et al., "Distillation as a defense", 2016; broken by Carlini and Wagner,
-    2017.
+    margin loss does not. The loss is multiplied by T, or in training too its gradient would vanish as 1 / T.
+    Source: Papernot et al., "Distillation as a defense", 2016; broken by Carlini and Wagner, 2017.
     """
 
     temperature: float
@@ -32,9 +32,9 @@ class Distillation:
             raise InputError(f"temperature {self.temperature}", "it divides the logits", "give a positive number")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy at temperature T, in nats."""
+        """Return T times the mean cross-entropy at temperature T, in nats."""
         target = batch.y if self.soft is None else self.soft[batch.rows].to(batch.x.device)
-        return F.cross_entropy(model(batch.x) / self.temperature, target)
+        return self.temperature * F.cross_entropy(model(batch.x) / self.temperature, target)
 
 
 def soft_labels(teacher: nn.Module, x: Tensor, temperature: float, batch_size: int = 512) -> Tensor:

@@ -21,25 +21,30 @@ class Inner:
 
     A search for an evaluation stops a sample once it is fooled and returns the clean input where nothing was found;
     training needs the highest loss instead, so the steps are driven here to the end and the last point is returned.
-    `attack` is a fixed-radius attack, `threat` the ball. Random starts follow from `seed`, the batch's step and
-    the rows of its samples.
+    `attack` is a fixed-radius attack, `threat` the ball, whose radius grows linearly to its full size over the first
+    `ramp` optimiser steps (0: full from the start; a small network met by a large ball at once may learn to answer the
+    same for everything). Random starts follow from `seed`, the batch's step and the rows of its samples.
     """
 
     attack: Attack[Any]
     threat: Threat
     seed: int = 0
+    ramp: int = 0
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return adversarial inputs like `batch.x`, inside the ball and [0, 1]; flags and gradients stay untouched."""
         x = batch.x.detach()
-        self.attack.check(x, self.threat)
+        threat = self.threat
+        if batch.step < self.ramp:
+            threat = threat.with_eps(threat.eps * (batch.step + 1) / self.ramp)
+        self.attack.check(x, threat)
         oracle = Oracle(model, batch_size=x.shape[0], stochastic=False)
         with oracle.ready():
             session = oracle.session(x, batch.rows, (self.seed << 32) + batch.step)
-            ledger = Ledger(session, x, self.threat, minimum=False, enough=None, stop=False)
+            ledger = Ledger(session, x, threat, minimum=False, enough=None, stop=False)
             rows = torch.arange(x.shape[0], device=x.device)
-            problem = Problem(x, batch.y, None, batch.rows, rows, self.threat, session, ledger)
+            problem = Problem(x, batch.y, None, batch.rows, rows, threat, session, ledger)
             state = self.attack.init(problem)
             for _ in range(self.attack.total_steps):
                 state = self.attack.step(problem, state)
-        return self.threat.project(state.x, x)
+        return threat.project(state.x, x)
