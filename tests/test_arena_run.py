@@ -177,6 +177,29 @@ def test_linear_model_of_four_classes_in_closed_form(tmp_path: Path, wide: tuple
     assert float(exact) - 1e-6 <= summary.robust.value <= float(exact) + 3 / 96
 
 
+def test_least_distance_attack_in_closed_form(tmp_path: Path, wide: tuple[Linear, Dataset]) -> None:
+    """Judged at any distance for the median and the curve, inside the ball for the robust accuracy."""
+    model, data = wide
+    eps = 0.02
+    threats = [{"norm": "l2", "eps": eps}]
+    summary = go(tmp_path / "run", linear_recipe(threats=threats, spears=[{"attack": "deepfool"}]), data, linear=model)
+    (cell,) = summary.cells
+    exact = distances(model, data.x, "l2").amin(1)
+    assert cell.median_distance == pytest.approx(1.02 * float(exact.quantile(0.5)), rel=0.02)
+    assert cell.robust.value == pytest.approx(float((1.02 * exact > eps).float().mean()), abs=1 / 96 + 1e-9)
+    assert cell.rho == pytest.approx(1.02 * float((exact / data.x.flatten(1).norm(dim=1)).mean()), rel=0.01)
+    (curve,) = summary.curves
+    for radius, robust in zip(curve.eps, curve.robust, strict=True):
+        assert robust == pytest.approx(float((1.02 * exact > radius).float().mean()), abs=2 / 96)
+    table = records(tmp_path / "run", cell.cell)
+    outside = table["distance"] > eps * 1.001
+    assert outside.any()
+    # Outside the ball the adversary gets what it may send: the clean input.
+    assert not table["success"][outside].any()
+    assert table["fell"].all()
+    assert np.array_equal(table["adv_probs"][outside], table["clean_probs"][outside])
+
+
 @pytest.mark.parametrize(("shard", "batch"), [(1, None), (7, 1), (64, 7), (96, 64)])
 def test_shards_and_batches_change_nothing(
     tmp_path: Path, wide: tuple[Linear, Dataset], shard: int, batch: int | None

@@ -201,6 +201,9 @@ def _diagram(records: Records, kind: str, shield: str, spear: str) -> Iterator[R
         confidence=bins.confidence.tolist(),
         accuracy=bins.accuracy.tolist(),
         count=[int(count) for count in bins.count],
+        norm="" if kind == "clean" else records.about["norm"],
+        eps=None if kind == "clean" else records.about["eps"],
+        targeted=kind != "clean" and records.about["targeted"],
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from maodun.arena.plan import estimator
@@ -174,6 +173,8 @@ def stronger(suspect: Tensor, expected: Tensor) -> tuple[int, int, float]:
     Returns how many fell to the suspect only, to the expected one only, and the one-sided p-value of the sign test
     (McNemar's, exact) that the suspect is the stronger.
     """
+    from scipy.stats import binomtest
+
     only, other = int((suspect & ~expected).sum()), int((expected & ~suspect).sum())
     p = 1.0 if only + other == 0 else float(binomtest(only, only + other, alternative="greater").pvalue)
     return only, other, p

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from maodun.arena.calibration import calibrate
 from maodun.arena.summary import Calibration, Rate
@@ -25,6 +24,8 @@ def rate(hits: int, n: int, confidence: float = CONFIDENCE) -> Rate:
 
     Nothing observed (n = 0) is the rate 0 with the interval [0, 1].
     """
+    from scipy.stats import binomtest  # a second of import that most commands do without
+
     if n == 0:
         return Rate(value=0.0, low=0.0, high=1.0, n=0)
     interval = binomtest(int(hits), int(n)).proportion_ci(confidence_level=confidence, method="exact")

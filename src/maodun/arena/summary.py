@@ -98,7 +98,10 @@ class Curve(_Data):
 
 
 class Reliability(_Data):
-    """A reliability diagram: per bin mean confidence, accuracy and count; `kind` is clean or adversarial."""
+    """A reliability diagram: per bin mean confidence, accuracy and count; `kind` is clean or adversarial.
+
+    The threat (`norm`, `eps`, `targeted`) is that of the attack; clean inputs have none (`norm` empty).
+    """
 
     shield: str
     spear: str
@@ -106,6 +109,9 @@ class Reliability(_Data):
     confidence: list[float]
     accuracy: list[float]
     count: list[int]
+    norm: str = ""
+    eps: float | None = None
+    targeted: bool = False
 
 
 class Finding(_Data):
