@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from maodun.app import options as o
+from maodun.app.allocator import keep_freed_memory
 from maodun.app.endings import INTERRUPTED, WRONG_INPUT, Interrupted
 from maodun.app.flags import EvaluateFlags, Flags, RunFlags, flags_of
 
@@ -184,4 +185,5 @@ def _say(line: str, code: int) -> int:
 
 def main() -> None:
     """Run the process's command line and leave with its exit code."""
+    keep_freed_memory()
     sys.exit(run())
