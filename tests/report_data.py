@@ -86,7 +86,9 @@ def _reliability(shield: str, spear: str, kind: str, gap: float) -> Reliability:
     confidence = [(2 * place + 1) / 30 for place in range(15)]
     accuracy = [max(0.0, value - gap * (value - 0.1)) for value in confidence]
     counts = [0, 0, 0, 2, 5, 9, 14, 20, 31, 44, 60, 85, 110, 190, 430]
-    return Reliability(shield=shield, spear=spear, kind=kind, confidence=confidence, accuracy=accuracy, count=counts)
+    threat = {"norm": "linf", "eps": 0.15} if kind != "clean" else {}
+    bins = {"confidence": confidence, "accuracy": accuracy, "count": counts}
+    return Reliability(shield=shield, spear=spear, kind=kind, **bins, **threat)
 
 
 def _findings() -> list[Finding]:

@@ -394,3 +394,34 @@ def test_numbers_are_written_for_people(value, wanted):
 @pytest.mark.parametrize(("eps", "wanted"), [(8 / 255, "linf 8/255"), (0.15, "linf 0.15"), (None, "linf any radius")])
 def test_threats_are_written_as_in_recipes(eps, wanted):
     assert words.threat("linf", eps) == wanted
+
+
+def test_findings_of_one_check_with_one_remedy_stand_together(tmp_path):
+    same = {"name": "zero", "level": "alarm", "shield": "s", "action": "Use bpda."}
+    found = [
+        Finding(spear="a", sentence="One.", **same),
+        Finding(name="other", level="ok", shield="s", spear=None, sentence="Fine.", action=""),
+        Finding(spear="b", sentence="Two.", **same),
+    ]
+    assert [len(group) for group in words.merged(found)] == [2, 1]
+    text = Page(report_html(made.summary(findings=found), tmp_path, light=True)).text
+    assert text.count("Use bpda.") == 1
+    assert text.index("One.") < text.index("Two.") < text.index("Fine.")
+
+
+def test_many_pictures_show_each_cell_first_and_hide_the_rest(tmp_path):
+    summary = made.summary(cells=[made.cell("none", "pgd")], worst=[])
+    summary = made.store_pictures(summary, tmp_path, np.zeros((12, 1, 4, 4)), per_shield=12)
+    text = report_html(summary, tmp_path, light=True)
+    assert text.index("4 more examples") > text.index("sample 7")
+    assert text.index("4 more examples") < text.index("sample 8")
+
+
+def test_reliability_names_the_threat_when_there_are_several():
+    run = made.summary()
+    again = [each.model_copy(update={"eps": 0.3}) for each in run.reliability if each.kind != "clean"]
+    worst = [*run.worst, *(each.model_copy(update={"eps": 0.3, "strongest": "pgd"}) for each in run.worst)]
+    both = run.model_copy(update={"reliability": [*run.reliability, *again], "worst": worst})
+    main = [chart.title for chart, main in charts.reliability_charts(both) if main]
+    assert main[:2] == ["none, autoattack, L∞ ≤ 0.15", "none, pgd, L∞ ≤ 0.3"]
+    assert len(main) == 10

@@ -142,14 +142,22 @@ def reliability_charts(summary: RunSummary) -> list[tuple[Chart, bool]]:
         own = [each for each in summary.reliability if each.shield == shield]
         clean = next((each for each in own if each.kind == "clean"), None)
         attacked = [each for each in own if each.kind != "clean"]
-        strongest = {worst.strongest for worst in summary.worst if worst.shield == shield}
-        chosen = [each for each in attacked if each.spear in strongest] or attacked[:1]
+        chosen = [each for each in attacked if _is_strongest(summary, each)] or attacked[:1]
         if not attacked and clean is not None:
             found.append((_reliability(shield, [("clean", clean)]), True))
+        threats = len({(each.norm, each.eps, each.targeted) for each in attacked})
         for each in attacked:
+            title = f"{shield}, {each.spear}"
+            if threats > 1:
+                title += f", {threat_sign(each.norm, each.eps, targeted=each.targeted)}"
             pairs = [("clean", clean), ("under attack", each)] if clean is not None else [("under attack", each)]
-            found.append((_reliability(f"{shield}, {each.spear}", pairs), any(each is one for one in chosen)))
+            found.append((_reliability(title, pairs), any(each is one for one in chosen)))
     return found
+
+
+def _is_strongest(summary: RunSummary, each: Reliability) -> bool:
+    place = (each.shield, each.spear, each.norm, each.eps, each.targeted)
+    return any(place == (one.shield, one.strongest, one.norm, one.eps, one.targeted) for one in summary.worst)
 
 
 def _reliability(title: str, pairs: Sequence[tuple[str, Reliability]]) -> Chart:

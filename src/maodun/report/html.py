@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from maodun.arena.summary import RunSummary
+    from maodun.report.pictures import Shown
+
+_AT_ONCE = 8
 
 
 def write_report(summary: RunSummary, run_dir: str | Path, out_path: str | Path, *, light: bool = False) -> Path | str:
@@ -53,14 +56,25 @@ def report_html(summary: RunSummary, run_dir: str | Path, *, light: bool = False
         "reliability": [figures.add(chart) for chart, main in reliability if main],
         "reliability_more": [figures.add(chart) for chart, main in reliability if not main],
         "reliability_legend": [("clean", sample(style(0))), ("under attack", sample(style(1)))],
-        "pictures": [(name, list(group)) for name, group in groupby(pictures, key=lambda each: each.shield)],
+        "pictures": _albums(pictures),
         "pictures_missing": missing,
-        "findings": words.by_urgency(summary.findings),
+        "findings": words.merged(summary.findings),
         "version": package_version(),
         "ramp": [view.heat(place / 10)[0] for place in range(11)],
     }
     scripts = [] if light else [plotly_js(), resource("report.js")]
     return page("report.html.j2", content, scripts, figures.plain() if not light else None)
+
+
+def _albums(shown: list[Shown]) -> list[tuple[str, list[Shown], list[Shown]]]:
+    """Return per shield the pictures to show at once, one of each cell before any second one, and the rest."""
+    found = []
+    for shield, group in groupby(shown, key=lambda each: each.shield):
+        own = list(group)
+        first = sorted(own, key=lambda each: each.turn)[:_AT_ONCE]
+        chosen = [each for each in own if any(each is one for one in first)]
+        found.append((shield, chosen, [each for each in own if not any(each is one for one in first)]))
+    return found
 
 
 class Figures:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from maodun.arena.store import Store
 from maodun.core.errors import MaodunError
+from maodun.report.words import threat_sign
 
 if TYPE_CHECKING:
     from maodun.arena.summary import Picture, RunSummary
@@ -25,7 +26,10 @@ _Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture ready for the page: three data URIs and the words beside them; `gain` is the magnification."""
+    """A picture ready for the page: three data URIs and the words beside them.
+
+    `gain` is the magnification of the difference, `turn` the picture's number among those of its cell.
+    """
 
     shield: str
     spear: str
@@ -39,9 +43,10 @@ class Shown:
     clean_right: bool
     fooled: bool
     distance: float
-    norm: str
+    threat: str
     sample_id: int
     size: str
+    turn: int
 
 
 def pixels(values: _Array) -> _Array | None:
@@ -86,13 +91,13 @@ def png_uri(image: _Array) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _turns(pictures: list[Picture]) -> list[Picture]:
-    """Order pictures so that every cell has had its first before any has its second."""
+def _turns(pictures: list[Picture]) -> list[tuple[int, Picture]]:
+    """Number the pictures of each cell, and order them so that every cell has its first before any its second."""
     groups: dict[str, list[Picture]] = {}
     for picture in pictures:
         groups.setdefault(picture.cell, []).append(picture)
     longest = max((len(group) for group in groups.values()), default=0)
-    return [group[turn] for turn in range(longest) for group in groups.values() if turn < len(group)]
+    return [(turn, group[turn]) for turn in range(longest) for group in groups.values() if turn < len(group)]
 
 
 def load_pictures(summary: RunSummary, run_dir: str | Path) -> tuple[list[Shown], list[str]]:
@@ -103,15 +108,15 @@ def load_pictures(summary: RunSummary, run_dir: str | Path) -> tuple[list[Shown]
     """
     store = Store(run_dir)
     parts: dict[str, dict[str, _Array]] = {}
-    norms = {cell.cell: cell.norm for cell in summary.cells}
+    threats = {cell.cell: threat_sign(cell.norm, cell.eps, targeted=cell.targeted) for cell in summary.cells}
     shown: list[Shown] = []
     reasons: dict[str, int] = {}
     spent = 0
-    for picture in _turns(summary.pictures):
+    for turn, picture in _turns(summary.pictures):
         if len(shown) >= _MOST or spent > _BUDGET:
             reason = f"left out to keep this page small ({_MOST} pictures or {_BUDGET // 2**20} MiB at most)"
         else:
-            one = _draw(picture, summary.classes, norms.get(picture.cell, ""), store, parts)
+            one = _draw(picture, turn, summary.classes, threats.get(picture.cell, ""), store, parts)
             if isinstance(one, Shown):
                 shown.append(one)
                 spent += len(one.clean) + len(one.adversarial) + len(one.difference)
@@ -125,7 +130,7 @@ def load_pictures(summary: RunSummary, run_dir: str | Path) -> tuple[list[Shown]
 
 
 def _draw(
-    picture: Picture, classes: list[str], norm: str, store: Store, parts: dict[str, dict[str, _Array]]
+    picture: Picture, turn: int, classes: list[str], threat: str, store: Store, parts: dict[str, dict[str, _Array]]
 ) -> Shown | str:
     """Return the drawn picture or the reason why there is none."""
     name = _part_path(picture, store)
@@ -162,8 +167,9 @@ def _draw(
         clean_right=picture.clean_pred == picture.label,
         fooled=picture.adv_pred != picture.label,
         distance=picture.distance,
-        norm=norm,
+        threat=threat,
         sample_id=picture.sample_id,
+        turn=turn,
         size=" × ".join(map(str, clean.shape[:2])),
     )
 

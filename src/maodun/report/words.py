@@ -90,6 +90,14 @@ def by_urgency(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: place.get(finding.level, len(LEVELS)))
 
 
+def merged(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Return the findings by urgency, those of one check about one shield with one next action together."""
+    groups: dict[tuple[str, str, str, str], list[Finding]] = {}
+    for finding in by_urgency(findings):
+        groups.setdefault((finding.level, finding.shield, finding.name, finding.action), []).append(finding)
+    return list(groups.values())
+
+
 def concerns(summary: RunSummary, shield: str, level: str) -> list[Finding]:
     """Return the findings of one level about one shield."""
     return [finding for finding in summary.findings if finding.shield == shield and finding.level == level]
