@@ -16,6 +16,14 @@ from maodun.defenses.preprocessing.random_resize_pad import RandomResizePad
 DEFENSES: dict[str, type[Defense]] = {each.name: each for each in (NoDefense, BitDepth, Median, JPEG, RandomResizePad)}
 
 
+def options_of(defense: type[Defense]) -> dict[str, Any]:
+    """Return the options of a defence class with their defaults."""
+    if "__init__" not in vars(defense):
+        return {}
+    parameters = inspect.signature(defense.__init__).parameters
+    return {name: entry.default for name, entry in parameters.items() if name != "self"}
+
+
 def build_defense(name: str, **options: Any) -> Defense:
     """Return the defence called `name` with its options.
 
@@ -23,13 +31,12 @@ def build_defense(name: str, **options: Any) -> Defense:
     """
     if name not in DEFENSES:
         raise InputError(f"defence '{name}'", "there is none of that name", nearest(name, list(DEFENSES)))
-    known = inspect.signature(DEFENSES[name].__init__).parameters
+    known = options_of(DEFENSES[name])
     for option, value in options.items():
-        if option not in known or option == "self":
-            takes = [each for each in known if each != "self"]
-            remedy = nearest(option, takes) if takes else "leave it out"
+        if option not in known:
+            remedy = nearest(option, list(known)) if known else "leave it out"
             raise InputError(f"option '{option}'", f"'{name}' does not take it", remedy)
-        default = known[option].default
+        default = known[option]
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
             kind = type(default).__name__
             raise InputError(f"option '{option}' of '{name}'", f"{value!r} is not of type {kind}", f"give a {kind}")

@@ -19,7 +19,10 @@ from maodun.core.errors import InputError
 from maodun.zoo.checkpoints import restricted_load
 
 _TARGET = re.compile(r"torch\.ops\.(aten|prims|higher_order)\.\w+(\.\w+)?|_operator\.\w+|math\.\w+|torch\.sym_\w+")
-_SIZE = re.compile(r"(?:[su]\d+|[A-Z][A-Za-z]*|\d+(?:\.\d+)?|[\s()+\-*/,<>=&|~%])*")
+# Sizes are written as sympy prints them: symbols with assumptions, its own classes, numbers, arithmetic.
+_SIZE = re.compile(
+    r"(?:Symbol\('\w+'(?:, \w+=(?:True|False))*+\)|[su]\d++|[A-Z][A-Za-z]*+|\d++(?:\.\d++)?+|[\s()+\-*/,<>=&|~%])*+"
+)
 
 
 def load_torchscript(path: str) -> nn.Module:

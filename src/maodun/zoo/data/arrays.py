@@ -23,9 +23,10 @@ def load_npz(path: str, spec: str, split: str, limit: int | None) -> Dataset:
     file = Path(path).expanduser()
     thing = f"npz file '{path}'"
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise InputError(thing, "it is a single array", "save images and labels: np.savez(file, x=..., y=...)")
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise InputError(thing, "it is a single array", "save images and labels: np.savez(file, x=..., y=...)")
+        with loaded as archive:
             names = set(archive.files)
             picks = {}
             for role, candidates in (("x", _PIXELS), ("y", _LABELS)):

@@ -118,8 +118,8 @@ def as_labels(values: np.ndarray[Any, Any] | Sequence[int], classes: int | None,
             "one whole number per sample is needed",
             "give class numbers 0 .. classes-1",
         )
-    whole = array.astype(np.int64)
-    bad = np.isnan(array) if array.dtype.kind == "f" else np.zeros(array.shape, bool)
+    bad = ~np.isfinite(array)
+    whole = np.where(bad, -1, array).astype(np.int64)
     bad |= (whole != array) | (whole < 0)
     if classes is not None:
         bad |= whole >= classes
