@@ -296,6 +296,20 @@ def test_lowest_curve_never_rises_and_keeps_what_an_early_curve_showed():
     assert y == pytest.approx([0.9, 0.2, 0.2, 0.2])
 
 
+def test_lowest_curve_is_never_below_the_true_worst_case():
+    # The truth falls at 0.9 only; a straight line from 0 to 1 would claim that half had fallen at 0.5.
+    coarse = Curve(shield="s", spear="a", norm="l2", eps=[0.0, 1.0], robust=[1.0, 0.0])
+    fine = Curve(shield="s", spear="b", norm="l2", eps=[0.0, 0.5, 1.0], robust=[1.0, 1.0, 0.1])
+    assert charts.lowest([coarse, fine]) == ([0.0, 0.5, 1.0], [1.0, 1.0, 0.0])
+    line = charts.Line("s", (0.0, 0.5, 1.0), (100.0, 100.0, 0.0), charts.style(0), steps=True)
+    drawn = svg.to_svg(charts.Chart("t", "x", "y", 1.0, 100.0, (line,)))
+    path = re.search(r'polyline points="([^"]*)"', drawn).group(1).split()
+    heights = [float(point.partition(",")[2]) for point in path]
+    assert len(path) == 5
+    assert heights[:4] == [heights[0]] * 4
+    assert heights[4] > heights[3]
+
+
 def test_plotly_accepts_every_figure_we_describe():
     from plotly import graph_objects
 

@@ -7,8 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from maodun.report.words import norm_sign, threat_sign
 
 if TYPE_CHECKING:
@@ -38,7 +36,10 @@ class Style:
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its name, x and y in the axes' units, its style, and optionally marker sizes in pixels and texts."""
+    """One line: its name, x and y in the axes' units, its style, and optionally marker sizes in pixels and texts.
+
+    `steps` holds each value until the next x, instead of a straight line between the points.
+    """
 
     name: str
     x: tuple[float, ...]
@@ -46,6 +47,7 @@ class Line:
     style: Style
     sizes: tuple[float, ...] = ()
     texts: tuple[str, ...] = ()
+    steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,18 @@ def _finite(x: Sequence[float], y: Sequence[float], scale: float = 1.0) -> tuple
 
 
 def lowest(curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
-    """Return radii and the lowest robust accuracy any one curve shows there, never rising with the radius.
+    """Return the radii of all curves and, at each, the lowest robust accuracy any of them has shown up to there.
 
-    Curves are interpolated linearly inside their own range. A sample that fell at a smaller radius has fallen,
-    so a curve that ends early keeps its last value. The true worst case over spears is at or below this line.
+    A sample that fell at a smaller radius has fallen, so these values, and the steps between them, are never
+    below the true worst case over the spears; a line through the points could be.
     """
-    grid = sorted({eps for curve in curves for eps in curve.eps if math.isfinite(eps)})
-    if not grid:
-        return [], []
-    columns = []
-    for curve in curves:
-        x, y = _finite(curve.eps, curve.robust)
-        if x:
-            order = np.argsort(x, kind="stable")
-            columns.append(np.interp(grid, np.asarray(x)[order], np.asarray(y)[order], left=np.inf))
-    values = np.minimum.accumulate(np.min(columns, axis=0))
-    keep = np.isfinite(values)
-    return [eps for eps, kept in zip(grid, keep, strict=True) if kept], values[keep].tolist()
+    points = sorted(point for curve in curves for point in zip(*_finite(curve.eps, curve.robust), strict=True))
+    least: dict[float, float] = {}
+    running = math.inf
+    for eps, robust in points:
+        running = min(running, robust)
+        least[eps] = running
+    return list(least), list(least.values())
 
 
 def security_charts(summary: RunSummary) -> tuple[list[Chart], list[Chart]]:
@@ -115,12 +112,12 @@ def security_charts(summary: RunSummary) -> tuple[list[Chart], list[Chart]]:
         for name in names:
             own = [curve for curve in here if curve.shield == name]
             x, y = _finite(*lowest(own), scale=100)
-            lines.append(Line(name, x, y, shields[name]))
+            lines.append(Line(name, x, y, shields[name], steps=True))
             drawn = tuple(Line(each.spear, *_finite(each.eps, each.robust, 100), spears[each.spear]) for each in own)
             title = f"{name}, {norm_sign(norm)}"
             single.append(Chart(title, x_title, _ROBUST, x_max, 100.0, drawn, marks))
         if len(names) > 1:
-            title = f"All shields, {norm_sign(norm)}: lowest curve of each"
+            title = f"All shields, {norm_sign(norm)}: lowest value of each"
             across.append(Chart(title, x_title, _ROBUST, x_max, 100.0, tuple(lines), marks))
     return across, single
 
@@ -200,7 +197,12 @@ def _trace(line: Line) -> dict[str, Any]:
         "x": list(line.x),
         "y": list(line.y),
         "text": list(line.texts),
-        "line": {"color": line.style.colour, "dash": line.style.dash, "width": 2},
+        "line": {
+            "color": line.style.colour,
+            "dash": line.style.dash,
+            "width": 2,
+            "shape": "hv" if line.steps else "linear",
+        },
         "marker": {
             "symbol": line.style.symbol,
             "size": list(line.sizes) or 7,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from html import escape
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING
 
 from maodun.report.charts import MARKERS, Chart, Line, Style
@@ -74,7 +75,12 @@ def _axes(chart: Chart, across: Callable[[float], float], down: Callable[[float]
 
 def _line(line: Line, across: Callable[[float], float], down: Callable[[float], float]) -> str:
     points = [(across(x), down(y)) for x, y in zip(line.x, line.y, strict=True)]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    corners = [(x, before) for (_, before), (x, _) in pairwise(points)] if line.steps else []
+    # A step first runs level to the next point's x, then falls to its y.
+    drawn = (
+        [point for pair in zip_longest(points, corners) for point in pair if point is not None] if corners else points
+    )
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
     dash = _DASHES[line.style.dash]
     parts = [f"<g><title>{escape(line.name)}</title>"]
     pen = f'fill="none" stroke="{line.style.colour}" stroke-width="2" stroke-dasharray="{dash}"'
