@@ -195,7 +195,8 @@ class Store:
         target = self.path(EVENTS)
         try:
             if not self.local:
-                with self.fs.open(target, "ab") as file:
+                # Not every file system makes a new file when asked to append to none.
+                with self.fs.open(target, "ab" if self.fs.exists(target) else "wb") as file:
                     file.write(line)
                 return
             with Path(target).open("ab", buffering=0) as file:
