@@ -82,6 +82,13 @@ class TestMedian:
         assert float(out[0, 0]) == pytest.approx(0.8)
         assert float(build_defense("median").bpda_partner(patch)[0, 0, 1, 1]) == pytest.approx(float(patch.mean()))
 
+    @pytest.mark.parametrize("size", [3, 5])
+    def test_every_window_against_numpy(self, size: int) -> None:
+        x = images(2, 3, 9, 6)
+        padded = np.pad(x.numpy(), ((0, 0), (0, 0), (size // 2,) * 2, (size // 2,) * 2), mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(2, 3))
+        assert np.array_equal(build_defense("median", size=size)(x).numpy(), np.median(windows, axis=(4, 5)))
+
     def test_single_specks_vanish_and_size_one_is_the_identity(self) -> None:
         x = torch.full((1, 1, 7, 7), 0.25)
         x[0, 0, 3, 3] = 1.0

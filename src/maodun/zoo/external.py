@@ -16,6 +16,10 @@ def _library(name: str, spec: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"model '{spec}'", f"{name} is not installed", f"pip install {name}") from error
+    except Exception as error:
+        # A build for another PyTorch fails in its own ways, at import.
+        reason = f"{name} is installed but cannot be imported ({_first_line(error)})"
+        raise InputError(f"model '{spec}'", reason, "install the version made for this PyTorch") from error
 
 
 def _call(spec: str, remedy: str, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -23,8 +27,12 @@ def _call(spec: str, remedy: str, function: Any, *args: Any, **kwargs: Any) -> A
     try:
         return function(*args, **kwargs)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise InputError(f"model '{spec}'", reason, remedy) from error
+        raise InputError(f"model '{spec}'", _first_line(error), remedy) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
 
 
 def load_torchvision(name: str, spec: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
