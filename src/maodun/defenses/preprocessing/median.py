@@ -49,7 +49,7 @@ def _median_of_nine(padded: Tensor) -> Tensor:
     """Return the medians of all 3 x 3 windows, N x C x (H - 2) x (W - 2), without sorting each window by itself.
 
     The columns of a window are sorted once for all windows that share them; the median of nine is then the median of
-    the largest minimum, the median of the middles and the smallest maximum (Smith, "Implementing median filters", 1996).
+    the largest minimum, the median of the middles and the smallest maximum (Smith, 1996).
     """
     low, middle, high = _sorted(padded[:, :, :-2], padded[:, :, 1:-1], padded[:, :, 2:])
     left, centre, right = (slice(0, -2), slice(1, -1), slice(2, None))
