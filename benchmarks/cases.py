@@ -43,9 +43,10 @@ def _pgd(name: str, norm: str, steps: int, peers: tuple[str, ...]) -> Case:
 
 def _apgd(name: str, norm: str, function: str, peers: tuple[str, ...], **ours: Any) -> Case:
     options = {"steps": 100} | ({"targets": 9} if function == "apgd_t" else {})
+    attack = "apgd-t" if function == "apgd_t" else "apgd"
     variants = {
-        "maodun": ("apgd", {"steps": 100, **ours}),
-        "maodun same calls": ("apgd", {"steps": 100, "stop_early": False, **ours}),
+        "maodun": (attack, {"steps": 100, **ours}),
+        "maodun same calls": (attack, {"steps": 100, "stop_early": False, **ours}),
     }
     return Case(name, norm, function, peers, options, variants, heavy=function == "apgd_t")
 
@@ -69,8 +70,8 @@ CASES: tuple[Case, ...] = (
     _apgd("apgd-ce", "linf", "apgd_ce", ("torchattacks", "advlib", "autoattack", "art"), loss="ce"),
     _apgd("apgd-dlr", "linf", "apgd_dlr", ("torchattacks", "advlib", "autoattack"), loss="dlr"),
     _apgd("apgd-ce-l2", "l2", "apgd_ce", ("torchattacks", "advlib", "autoattack"), loss="ce"),
-    _apgd("apgd-ce-l1", "l1", "apgd_ce", ("advlib", "autoattack"), loss="ce"),
-    _apgd("apgd-t", "linf", "apgd_t", ("torchattacks", "advlib", "autoattack"), loss="dlr-targeted", targets=9),
+    _apgd("apgd-ce-l1", "l1", "apgd_ce", ("advlib", "autoattack"), loss="ce", larger_eps=True),
+    _apgd("apgd-t", "linf", "apgd_t", ("torchattacks", "advlib", "autoattack"), targets=9),
     Case(
         "deepfool-l2", "l2", "deepfool", ("advlib", "foolbox", "torchattacks", "art"), {"steps": 50},
         {"maodun": ("deepfool", {"steps": 50})}, minimum=True,
@@ -99,7 +100,8 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "fab-t", "linf", "fab_t", ("torchattacks", "autoattack", "advlib"), {"steps": 100, "targets": 9},
-        {"maodun": ("fab-t", {"steps": 100, "targets": 9})}, not_comparable={"advlib": _NO_DROP}, heavy=True,
+        {"maodun": ("fab", {"steps": 100, "targets": 9, "enough": "eps"})},
+        not_comparable={"advlib": _NO_DROP}, heavy=True,
     ),
     Case(
         "square", "linf", "square", ("torchattacks", "autoattack", "art"), {"queries": 5000},
@@ -111,7 +113,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "standard", "linf", "standard", ("torchattacks", "autoattack"), {},
-        {"maodun": ("autoattack", {"version": "standard"}), "maodun sharp": ("autoattack", {"version": "sharp"})},
+        {"maodun": ("autoattack", {}), "maodun sharp": ("sharp", {})},
         heavy=True,
     ),
 )  # fmt: skip

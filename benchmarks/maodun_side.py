@@ -7,26 +7,25 @@ from typing import Any
 
 from benchmarks.job import Attack, Job
 
-RUN = ("stop_early",)
+RUN = ("stop_early", "enough")
 ORACLE = ("precision", "channels_last", "batch_size", "compile")
 
 
 def prepare(name: str, options: dict[str, Any]) -> Callable[[Job], Attack]:
     """Return an adapter that runs our attack `name`; LookupError when the registry or an option is not there.
 
-    `options` are the attack's own, except `rel_step` (a step size as a share of eps), those in RUN (given to `run`)
-    and those in ORACLE (given to the oracle).
+    `options` are the attack's own, except `rel_step` (a step size as a share of eps), those in RUN (given to `run`;
+    `enough` "eps" means the job's radius) and those in ORACLE (given to the oracle).
     """
     try:
         from maodun.attacks.registry import build_attack
-
         from maodun.core.errors import InputError
         from maodun.core.oracle import Oracle
         from maodun.core.threat import Threat
     except ImportError as error:
         raise LookupError(f"not built yet: {error}") from error
     own = {k: v for k, v in options.items() if k not in (*RUN, *ORACLE, "rel_step")}
-    to_run = {k: v for k, v in options.items() if k in RUN}
+    given = {k: v for k, v in options.items() if k in RUN}
     to_oracle = {k: v for k, v in options.items() if k in ORACLE}
     step = options.get("rel_step")
     try:
@@ -37,6 +36,7 @@ def prepare(name: str, options: dict[str, Any]) -> Callable[[Job], Attack]:
     def bind(job: Job) -> Attack:
         attack = build_attack(name, **own, **({} if step is None else {"step_size": step * job.eps}))
         threat = Threat(job.norm, job.eps)
+        to_run = {k: job.eps if v == "eps" else v for k, v in given.items()}
 
         def run() -> Any:
             return attack.run(Oracle(job.model, **to_oracle), job.x, job.y, threat, seed=job.seed, **to_run).x_adv

@@ -17,8 +17,8 @@ RESULTS = Path(__file__).parent / "results"
 ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "pgd": ("pgd", {"steps": 5}),
     "apgd": ("apgd", {"steps": 10}),
-    "apgd-t": ("apgd", {"steps": 5, "loss": "dlr-targeted", "targets": 9}),
-    "fab-t": ("fab-t", {"steps": 5, "targets": 9}),
+    "apgd-t": ("apgd-t", {"steps": 5, "targets": 9}),
+    "fab-t": ("fab", {"steps": 5, "targets": 9}),
     "deepfool": ("deepfool", {"steps": 5}),
     "cw": ("cw", {"steps": 10, "searches": 2}),
     "ddn": ("ddn", {"steps": 10}),

@@ -56,9 +56,9 @@ PLAN: tuple[Trial, ...] = (
 
 ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "pgd20": ("pgd", {"steps": 20, "rel_step": 0.125}),
-    "sharp": ("autoattack", {"version": "sharp"}),
-    "standard": ("autoattack", {"version": "standard"}),
-    "standard bf16": ("autoattack", {"version": "standard", "precision": "bf16"}),
+    "sharp": ("sharp", {}),
+    "standard": ("autoattack", {}),
+    "standard bf16": ("autoattack", {"precision": "bf16"}),
 }
 
 

@@ -48,7 +48,7 @@ def cw(job: Job) -> Attack:
     return functools.partial(
         adv.carlini_wagner_l2, job.model, job.x, job.y, learning_rate=job.options["lr"],
         initial_const=job.options["const"], binary_search_steps=job.options["searches"],
-        max_iterations=job.options["steps"], abort_early=False,
+        max_iterations=job.options["steps"],
     )  # fmt: skip
 
 

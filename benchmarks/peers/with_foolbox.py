@@ -36,7 +36,7 @@ def deepfool(job: Job) -> Attack:
 def cw(job: Job) -> Attack:
     attack = fb.attacks.L2CarliniWagnerAttack(
         binary_search_steps=job.options["searches"], steps=job.options["steps"],
-        stepsize=job.options["lr"], initial_const=job.options["const"], abort_early=False,
+        stepsize=job.options["lr"], initial_const=job.options["const"],
     )  # fmt: skip
     return _bind(job, attack, minimum=True)
 
