@@ -259,11 +259,10 @@ def _mostly_wrong(problem: Problem) -> Tensor:
 
 
 def _collect(ledger: Ledger, meter: Any, seconds: float, clean_logits: Tensor | None) -> Candidates:
-    found = ledger.status == int(Status.found)
     if ledger.used_gradient:
         stuck = ledger.flat & (ledger.status == int(Status.exhausted_steps)) & (meter.backwards > 0)
         ledger.status[stuck] = int(Status.zero_gradient)
-    distance = torch.where(found, ledger.distance, torch.zeros_like(ledger.distance))
+    distance = torch.where(torch.isfinite(ledger.distance), ledger.distance, torch.zeros_like(ledger.distance))
     return Candidates(
         x_adv=ledger.best,
         distance=distance,

@@ -23,8 +23,9 @@ class Ledger:
     """The best candidate of every sample of a run, noted at every model call so that no success stays silent.
 
     `best` starts as the clean input and only ever becomes an input that fooled the model; `distance` is its distance
-    in the threat's norm (infinite until found); `share` is the share of fresh draws it fooled (1 for a deterministic
-    model). A sample is `finished` when `enough` says that its candidate needs no improvement.
+    in the threat's norm (infinite until then); `share` is the share of fresh draws it fooled (1 for a deterministic
+    model). Its status is `found` when it fools most draws; a weaker candidate is kept, and the search goes on. A
+    sample is `finished` when `enough` says that its candidate needs no improvement.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Ledger:
         self.best[chosen] = x[pick]
         self.distance[chosen] = distance[pick]
         self.share[chosen] = share[pick]
-        self.status[chosen] = int(Status.found)
+        self.status[chosen[self.share[chosen] > 0.5]] = int(Status.found)
         if self.stop:
             good = self.share[rows] > 0.5
             if self.minimum:
