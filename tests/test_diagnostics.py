@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import Linear, Noisy, linear, samples
+from oracles import Linear, Noisy, generator, linear
 from torch import Tensor, nn
 
 from maodun.arena import diagnostics
@@ -50,10 +50,17 @@ def given(x: Tensor, y: Tensor) -> Dataset:
     return make_dataset("given", "given", x.numpy(), y.numpy(), None)
 
 
+def near(model: Linear, n: int) -> tuple[Tensor, Tensor]:
+    """Inputs near the centre of the box, where the classes tie, so that small radii matter."""
+    x = 0.4 + 0.2 * torch.rand(n, 1, 4, 6, generator=generator(1))
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
 @pytest.fixture(scope="module")
 def healthy() -> tuple[Linear, Dataset]:
     model = linear(classes=4)
-    return model, given(*samples(model, 80))
+    return model, given(*near(model, 80))
 
 
 class Profile(nn.Module):
@@ -100,7 +107,7 @@ def test_cost_is_bounded_and_reported(healthy: tuple[Linear, Dataset]) -> None:
     model, data = healthy
     met = arena(model, data, 0.02)
     lab = next(iter(diagnostics._laboratories(met, met.shields["shield"])))
-    for check in diagnostics.CHECKS:
+    for check in diagnostics.LOOKS + diagnostics.TRIALS:
         check(lab)
     assert lab.n == SUBSET
     assert 0 < lab.forwards < SUBSET * 700
@@ -128,6 +135,31 @@ def test_model_without_gradients(healthy: tuple[Linear, Dataset]) -> None:
     assert found["black_box"].level == "alarm"
 
 
+def test_the_long_trials_go_through_the_most_adaptive_estimator(healthy: tuple[Linear, Dataset]) -> None:
+    class Partnered(Rounded):
+        def bpda_partner(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.model(x)
+            return answer
+
+    model, data = healthy
+    spears = [{"attack": "pgd"}, {"attack": "pgd", "gradient": "bpda", "eot": 8, "name": "adaptive"}]
+    recipe = make_recipe(
+        {
+            "data": {"spec": "given"},
+            "threats": [{"norm": "linf", "eps": 0.03}],
+            "shields": [{"name": "shield", "model": "given:model"}],
+            "spears": spears,
+        }
+    )
+    met = prepare(recipe, "memory://diagnostics/adaptive", models={"shield": Partnered(model)}, data=data)
+    found = diagnostics.diagnose(met, met.shields["shield"])
+    where = {(finding.name, finding.spear): finding.level for finding in found}
+    assert where["zero_gradient", "pgd"] == "alarm"
+    assert where["zero_gradient", "adaptive"] == "ok"
+    assert where["black_box", "adaptive"] in ("ok", "note")
+    assert ("black_box", "pgd") not in where
+
+
 class Saturated(nn.Module):
     """Logits so large that the softmax rounds to certainty, as after distillation at a high temperature."""
 
@@ -143,7 +175,7 @@ class Saturated(nn.Module):
 def test_saturated_logits_hide_the_gradient_of_the_cross_entropy() -> None:
     # A strong threat and a model whose margins all exceed what float32's softmax can show.
     model = linear(classes=4)
-    x, y = samples(model, 64)
+    x, y = near(model, 64)
     with torch.no_grad():
         top = model(x).topk(2, dim=1).values
     sure = (top[:, 0] - top[:, 1]) > 0.1

@@ -18,7 +18,7 @@ from torch import Tensor
 from maodun.arena.laboratory import Laboratory, RandomNoise, everything, stronger, trial_threat
 from maodun.arena.metrics import rate
 from maodun.arena.plan import slug
-from maodun.arena.recipe import format_radius
+from maodun.arena.recipe import SpearSpec, format_radius
 from maodun.arena.setup import Arena, Shield
 from maodun.arena.summary import Finding
 from maodun.attacks.gradient.pgd import FGSM, PGD
@@ -37,14 +37,15 @@ def findings_name(shield: str) -> str:
 
 
 def diagnose(arena: Arena, shield: Shield) -> list[Finding]:
-    """Try `shield` under every norm of the recipe through every gradient estimator of its spears.
+    """Try `shield` under every norm of the recipe, through the gradient estimators of its spears.
 
-    Returns one finding per check and set-up, and one that says what the checks cost.
+    Every estimator has its gradients looked at; the trials with attacks go through the most adaptive one only.
+    Returns one finding per check, and one that says what the checks cost.
     """
     started, found = time.perf_counter(), []
     forwards = backwards = 0
     for laboratory in _laboratories(arena, shield):
-        for check in CHECKS:
+        for check in LOOKS + (TRIALS if laboratory.adaptive else ()):
             finding = check(laboratory)
             if finding is not None:
                 found.append(finding)
@@ -58,16 +59,22 @@ def diagnose(arena: Arena, shield: Shield) -> list[Finding]:
 def _laboratories(arena: Arena, shield: Shield) -> Iterator[Laboratory]:
     """Yield a laboratory per norm (at its first radius) and distinct way to get gradients."""
     cells = [cell for cell in arena.plan.cells if cell.shield == shield.label]
-    seen = set()
-    alone = len({(cell.spec.gradient, cell.spec.eot) for cell in cells}) == 1
-    for cell in cells:
-        spec = cell.spec
-        kind = (cell.threat.norm, spec.gradient, repr(spec.gradient_options), spec.eot)
-        if kind in seen or spec.gradient in ("nes", "spsa") or cell.attack.access != "gradient":
-            continue
-        seen.add(kind)
+    cells = [cell for cell in cells if cell.attack.access == "gradient" and cell.spec.gradient in ("exact", "bpda")]
+    first = {(cell.threat.norm, *_way(shield, cell.spec)): cell for cell in reversed(cells)}
+    alone = len({key[1:] for key in first}) == 1
+    best = max((key[1:] for key in first), key=lambda way: (way[0] == "bpda", way[1]), default=None)
+    for key, cell in reversed(first.items()):
         threat = trial_threat(cell.threat, arena.data.x)
-        yield Laboratory(shield, threat, arena, spec, None if alone else cell.spear)
+        yield Laboratory(shield, threat, arena, cell.spec, None if alone else cell.spear, key[1:] == best)
+
+
+def _way(shield: Shield, spec: SpearSpec) -> tuple[str, int]:
+    """Return what of a spear's estimator matters for this shield.
+
+    Averaging draws changes nothing without randomness, nor does BPDA where no module has a partner to offer.
+    """
+    partners = any(hasattr(module, "bpda_partner") for module in shield.model.modules())
+    return spec.gradient if partners else "exact", spec.eot if shield.stochastic else 1
 
 
 def _finding(lab: Laboratory, name: str, level: str, sentence: str, action: str = "") -> Finding:
@@ -198,9 +205,9 @@ def logit_scale(lab: Laboratory) -> Finding:
     return _finding(lab, "logit_scale", level, sentence, action)
 
 
-CHECKS: tuple[Callable[[Laboratory], Finding | None], ...] = (
-    zero_gradients,
-    draws_agree,
+Check = Callable[[Laboratory], Finding | None]
+LOOKS: tuple[Check, ...] = (zero_gradients, draws_agree)
+TRIALS: tuple[Check, ...] = (
     eps_zero,
     unconstrained,
     monotone,

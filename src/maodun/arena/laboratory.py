@@ -22,7 +22,7 @@ from maodun.core.threat import Threat
 from maodun.core.verdict import fresh_logits, judge
 
 SUBSET = 64
-_MOST_DRAWS = 5
+_MOST_DRAWS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,8 @@ class Tempered(nn.Module):
 class Laboratory:
     """One shield, one threat and one gradient estimator on the first samples of the run.
 
-    `spear` names the estimator's owner in findings. `forwards` and `backwards` add up what the trials cost.
+    `spear` names the estimator's owner in findings, `adaptive` tells the one that deserves the long trials.
+    `forwards` and `backwards` add up what the trials cost.
     """
 
     shield: Shield
@@ -80,6 +81,7 @@ class Laboratory:
     arena: Arena
     spec: SpearSpec
     spear: str | None
+    adaptive: bool = True
     forwards: int = 0
     backwards: int = 0
     _base: dict[Any, Tensor] = field(default_factory=dict)
