@@ -199,7 +199,7 @@ def test_interrupt_keeps_finished_shards(maodun: Maodun, recipe: Path, tmp_path:
 def test_kill_at_any_moment_and_a_second_start_give_the_undisturbed_table(
     maodun: Maodun, recipe: Path, tmp_path: Path
 ) -> None:
-    """Real kills (SIGKILL) of the real program, after 2 and after 5 parts, each followed by a start of the same line."""
+    """Real kills (SIGKILL) of the real program, after 2 and after 5 parts, then the same line to the end."""
     out = tmp_path / "run"
     line = [sys.executable, "-m", "maodun.app", "arena", str(recipe), "--out", str(out), "--quiet"]
     # Every unit waits a little, so that a kill between two parts is sure to hit a living program.
