@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,31 +54,33 @@ class Ledger:
             self.status[rows] = int(Status.non_finite)
         hit = fooled.nonzero().squeeze(1)
         if hit.numel():
-            self._keep(problem.select(hit), x[hit])
+            self._keep(problem, hit, x[hit])
 
-    def _keep(self, problem: Problem, x: Tensor) -> None:
-        rows = problem.rows
-        distance = self.threat.distance(x, problem.x)
-        better = distance < self.distance[rows] if self.minimum else self.threat.contains(x, problem.x)
-        share = torch.ones_like(distance)
+    def _keep(self, problem: Problem, hit: Tensor, x: Tensor) -> None:
+        rows = problem.rows[hit]
+        clean = problem.x[hit]
+        distance = self.threat.distance(x, clean)
+        better = distance < self.distance[rows] if self.minimum else self.threat.contains(x, clean)
+        share = None
         if self.session.stochastic and bool(better.any()):
-            share = self._confirm(problem, x)
+            share = self._confirm(problem.select(hit), x)
             better &= share > (0.5 if self.minimum else self.share[rows])
-        pick = self._one_per_row(rows, distance, better)
-        chosen = rows[pick]
-        self.best[chosen] = x[pick]
-        self.distance[chosen] = distance[pick]
-        self.share[chosen] = share[pick]
-        self.status[chosen[self.share[chosen] > 0.5]] = int(Status.found)
-        if self.stop:
-            good = self.share[rows] > 0.5
-            if self.minimum:
-                good &= torch.full_like(good, False) if self.enough is None else self.distance[rows] <= self.enough
-            self.finished[rows] |= good
-
-    def _one_per_row(self, rows: Tensor, distance: Tensor, better: Tensor) -> Tensor:
-        """Return the positions to keep: of several better points of one row the nearest, the first among equals."""
         pick = better.nonzero().squeeze(1)
+        if problem.repeated:
+            pick = self._one_per_row(rows, distance, pick)
+        if pick.numel():
+            chosen = rows[pick]
+            self.best[chosen] = x[pick]
+            self.distance[chosen] = distance[pick]
+            self.share[chosen] = 1.0 if share is None else share[pick]
+            self.status[chosen if share is None else chosen[share[pick] > 0.5]] = int(Status.found)
+        if self.stop and not self.minimum:
+            self.finished[rows] |= self.share[rows] > 0.5
+        elif self.stop and self.enough is not None:
+            self.finished[rows] |= self.distance[rows] <= self.enough
+
+    def _one_per_row(self, rows: Tensor, distance: Tensor, pick: Tensor) -> Tensor:
+        """Return the positions to keep: of several points `pick` of one row the nearest, the first among equals."""
         if self.minimum:
             pick = pick[distance[pick].argsort(stable=True)]
         order = torch.arange(pick.shape[0], device=rows.device)
@@ -113,7 +115,8 @@ class Problem:
 
     `x` N x ... in [0, 1], `y` (N,) labels, `targets` (N,) or None, `ids` (N,) sample ids, `rows` (N,) row numbers in
     the run, `threat` the ball, `clean_logits` (N x C) those of `x` when the run knows them. Attacks never meet the
-    model itself. A row may stand several times (`repeat`): its points share one account and one best candidate.
+    model itself. A row may stand several times (`repeat`, noted in `repeated`): its points share one account and one
+    best candidate.
     """
 
     x: Tensor
@@ -125,6 +128,7 @@ class Problem:
     session: Session
     ledger: Ledger
     clean_logits: Tensor | None = None
+    repeated: bool = False
 
     def select(self, index: Tensor) -> Problem:
         """Return the problem of the rows `index` (positions or booleans)."""
@@ -139,11 +143,13 @@ class Problem:
             self.session,
             self.ledger,
             None if self.clean_logits is None else self.clean_logits[index],
+            self.repeated,
         )
 
     def repeat(self, times: int) -> Problem:
         """Return the problem with every row standing `times` times in a row (to score several points of a sample)."""
-        return self.select(torch.arange(len(self), device=self.rows.device).repeat_interleave(times))
+        wide = self.select(torch.arange(len(self), device=self.rows.device).repeat_interleave(times))
+        return replace(wide, repeated=True)
 
     def __len__(self) -> int:
         return self.x.shape[0]
