@@ -355,10 +355,14 @@ class TestOtherLibraries:
             assert torch.allclose(loaded(X), net((X - 0.5) / 0.25), atol=1e-6)
         assert made == [("tiny", True, {}), ("tiny", False, {"depth": 2})]
 
-    def test_transformers_logits_come_out_plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_transformers_logits_come_out_plain(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         class Network(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(()))
+
             def forward(self, pixel_values: Tensor) -> Any:
-                return types.SimpleNamespace(logits=pixel_values.flatten(1)[:, :3])
+                return types.SimpleNamespace(logits=self.scale * pixel_values.flatten(1)[:, :3])
 
         asked: dict[str, Any] = {}
 
@@ -373,6 +377,9 @@ class TestOtherLibraries:
         monkeypatch.setitem(sys.modules, "transformers", fake)
         assert torch.allclose(load_model("transformers:a/b").model(X), X.flatten(1)[:, :3] * 2 - 1)
         assert asked == {"use_safetensors": True, "trust_remote_code": False}
+        save_file({"scale": torch.tensor(3.0)}, tmp_path / "w.safetensors")
+        other = load_model("transformers:a/b", weights=str(tmp_path / "w.safetensors")).model
+        assert torch.allclose(other(X), 3 * (X.flatten(1)[:, :3] * 2 - 1))
 
     def test_the_librarys_complaint_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fake = types.ModuleType("timm")

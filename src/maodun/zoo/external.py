@@ -35,6 +35,12 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0][:160] if text else type(error).__name__
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return the library's own network inside a loaded model, whose names a file of weights uses."""
+    inner = model[1] if isinstance(model, nn.Sequential) and isinstance(model[0], Normalise) else model
+    return inner.network if isinstance(inner, HubClassifier) else inner
+
+
 def load_torchvision(name: str, spec: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
     """Return torchvision's model `name` behind the normalisation its weights expect (ImageNet's by default).
 

@@ -17,7 +17,7 @@ from maodun.core.errors import InputError, nearest
 from maodun.zoo.architectures import ARCHITECTURES, build_architecture
 from maodun.zoo.cards import ModelCard, all_cards, file_sha256, list_models
 from maodun.zoo.checkpoints import apply_weights, read_weights, state_sha256
-from maodun.zoo.external import load_timm, load_torchvision, load_transformers
+from maodun.zoo.external import bare, load_timm, load_torchvision, load_transformers
 from maodun.zoo.programs import load_exported, load_torchscript
 
 KINDS = ("zoo", "witness", "torchscript", "exported", "torchvision", "timm", "transformers")
@@ -69,9 +69,7 @@ def load_model(spec: str, *, weights: str | None = None, options: Mapping[str, A
     else:
         model = _from_factory(kind, target, spec, arguments)
     if weights is not None:
-        inner = (
-            model[1] if kind in ("torchvision", "timm", "transformers") and isinstance(model, nn.Sequential) else model
-        )
+        inner = bare(model) if kind in ("torchvision", "timm", "transformers") else model
         apply_weights(inner, read_weights(weights), f"weights '{weights}' for '{spec}'")
     if weights is not None or kind in KINDS:
         model.eval()
