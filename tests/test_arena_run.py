@@ -192,12 +192,13 @@ def test_least_distance_attack_in_closed_form(tmp_path: Path, wide: tuple[Linear
     summary = go(tmp_path / "run", linear_recipe(threats=threats, spears=[{"attack": "deepfool"}]), data, linear=model)
     (cell,) = summary.cells
     exact = distances(model, data.x, "l2").amin(1)
-    assert cell.median_distance == pytest.approx(1.02 * float(exact.quantile(0.5)), rel=0.02)
-    assert cell.robust.value == pytest.approx(float((1.02 * exact > eps).float().mean()), abs=1 / 96 + 1e-9)
-    assert cell.rho == pytest.approx(1.02 * float((exact / data.x.flatten(1).norm(dim=1)).mean()), rel=0.01)
+    # DeepFool lands on the boundary or up to two per cent beyond it.
+    assert 0.999 <= cell.median_distance / float(exact.quantile(0.5)) <= 1.03
+    assert cell.robust.value == pytest.approx(float((exact > eps).float().mean()), abs=2 / 96)
+    assert 0.999 <= cell.rho / float((exact / data.x.flatten(1).norm(dim=1)).mean()) <= 1.03
     (curve,) = summary.curves
     for radius, robust in zip(curve.eps, curve.robust, strict=True):
-        assert robust == pytest.approx(float((1.02 * exact > radius).float().mean()), abs=2 / 96)
+        assert robust == pytest.approx(float((exact > radius).float().mean()), abs=4 / 96)
     table = records(tmp_path / "run", cell.cell)
     outside = table["distance"] > eps * 1.001
     assert outside.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def arena(model: nn.Module, data: Dataset, eps: float, out: str = "memory://diag
             "spears": [{"attack": "pgd", **spear}],
         }
     )
-    place = f"{out}/{id(model)}-{eps}-{sorted(spear)}"
+    place = f"{out}/{uuid.uuid4().hex}"
     return prepare(recipe, place, models={"shield": model.eval()}, data=data)
 
 

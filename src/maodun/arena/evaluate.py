@@ -115,14 +115,15 @@ def evaluate(
     """
     samples = _samples(data, limit)
     module, spec = _module(model)
+    label = spec.removeprefix(GIVEN) + ("" if defense == "none" else f" + {defense}")
     radii = list(eps) if isinstance(eps, Sequence) and not isinstance(eps, str) else [eps]
     recipe = _recipe(
         {
-            "name": f"{spec} on {samples.spec}",
+            "name": f"{label} on {samples.spec}",
             "seed": seed,
             "data": {"spec": samples.spec, "limit": limit},
             "threats": [_threat(norm, radius, targeted).model_dump(mode="json") for radius in radii],
-            "shields": [{"name": spec, "model": spec, "defense": defense, "options": defense_options or {}}],
+            "shields": [{"name": label, "model": spec, "defense": defense, "options": defense_options or {}}],
             "spears": _spears(attack, gradient, eot),
             "verdict": {"rule": rule, "draws": draws},
             "diagnostics": diagnostics,
@@ -131,9 +132,9 @@ def evaluate(
         }
     )
     place = "cpu" if module is None else str(_device_of(module, samples.x))
-    models = None if module is None else {spec: module}
+    models = None if module is None else {label: module}
     names = ",".join(spear.label for spear in recipe.spears)
-    line = f'maodun.evaluate({spec}, {samples.spec}, norm="{norm}", eps={eps!r}, attack="{names}", seed={seed})'
+    line = f'maodun.evaluate({label}, {samples.spec}, norm="{norm}", eps={eps!r}, attack="{names}", seed={seed})'
     start = functools.partial(run, recipe, progress=progress, command=line, device=place, models=models, data=samples)
     if out is not None:
         return start(out)
