@@ -27,6 +27,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="digits-cnn-at,cifar10-resnet8-at", help=", ".join(SUBJECTS))
     parser.add_argument("--who", help="comma separated contenders to keep, e.g. maodun,advlib")
     parser.add_argument("--n", type=int, default=128, help="samples (default 128)")
+    parser.add_argument("--heavy-n", type=int, default=32, help="samples of the long attacks (default 32)")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; 0 counts and scores only (default 5)")
     parser.add_argument("--heavy-repeats", type=int, help="rounds of the long attacks (default: as --repeats)")
     parser.add_argument("--quick", action="store_true", help="short attacks, 32 samples, 2 rounds: a check only")
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
             if case.heavy and options.heavy_repeats is not None:
                 repeats = options.heavy_repeats
             chosen = shortened(case) if options.quick else case
-            outcome = measure(chosen, batch, repeats=repeats, only=only, say=lambda s: progress.print(s, style="dim"))
+            some = batch.head(options.heavy_n) if case.heavy else batch
+            outcome = measure(chosen, some, repeats=repeats, only=only, say=lambda s: progress.print(s, style="dim"))
             outcomes.append(outcome)
             found = table.rows(outcome)
             show(console, found)

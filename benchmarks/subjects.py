@@ -52,6 +52,10 @@ class Batch:
     y: Tensor
     classes: int
 
+    def head(self, n: int) -> Batch:
+        """The first `n` samples."""
+        return Batch(self.subject, self.model, self.x[:n], self.y[:n], self.classes)
+
 
 def load(name: str, n: int, *, offset: int = 0) -> Batch:
     """Load a subject and `n` test samples from `offset` on, in their original order.
