@@ -76,14 +76,17 @@ class Threat:
     def steepest(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Return the step of unit length, in this norm, along which a linear function with `gradient` grows most.
 
-        linf: the sign. l2: the gradient over its length (zero stays zero). l1 and l0: the signs of the largest 5 % of
-        the entries that the box lets move at `x`, scaled to l1 length one (a single entry would be exact but crawls).
+        linf: the sign. l2: the gradient over its length (zero stays zero). l1 and l0: the signs of the largest entries
+        that the box lets move at `x`, scaled to l1 length one: about as many as the ball can carry to a wall
+        (1.5 eps; 5 % when eps is infinite). A single entry would be exact but crawls, more never gather in the best.
         """
         if self.norm == "linf":
             return gradient.sign()
         if self.norm == "l2":
             return geometry.unit_l2(gradient)
-        return geometry.sparse_l1(gradient, x, 0.05)
+        entries = gradient[0].numel()
+        count = 0.05 * entries if math.isinf(self.eps) else min(int(1.5 * self.eps) + 0.5, entries)
+        return geometry.sparse_l1(gradient, x, count / entries)
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Return the (N,) distances between rows in this norm."""

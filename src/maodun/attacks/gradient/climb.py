@@ -145,7 +145,7 @@ class Climb(State):
     def _propose(self) -> Tensor:
         x, origin = self.x, self.view.x
         if self.threat.norm == "l1":
-            step = x + self.size * _sparse(self.gradient, self.share)
+            step = x + self.size * _sparse(self.gradient, x, self.share)
             return self.threat.project(step, origin)
         if self.threat.norm == "linf":
             aim = torch.addcmul(x, self.gradient.sign(), self.size).clamp_(self.low, self.high)
@@ -180,13 +180,24 @@ class Climb(State):
         self.gradient = torch.where(wide, self.best_gradient, self.gradient)
 
 
-def _sparse(gradient: Tensor, share: Tensor) -> Tensor:
-    """Return signs of the largest `share` (R,) of each gradient's entries over their number (ties all move)."""
-    size = gradient.abs().flatten(1)
+def _sparse(gradient: Tensor, x: Tensor, share: Tensor) -> Tensor:
+    """Return signs of the largest `share` (R,) of each gradient's entries over their number (ties all move).
+
+    Where the box stops all of these, the largest that may move are taken instead. The published code then stands still:
+    with few inputs a linear loss may stay a third below its maximum. It also rounds the number of entries up, so that a
+    step never moves the best one alone.
+    """
+    size, flat = gradient.abs().flatten(1), gradient.flatten(1)
+    free = torch.where(flat > 0, x.flatten(1) < 1.0, x.flatten(1) > 0.0) & (size > 0)
     entries = size.shape[1]
-    count = (entries - ((1.0 - share) * entries).long()).clamp_(1, entries).unsqueeze(1)
-    least = size.topk(int(count.max()), dim=1).values.gather(1, count - 1)
-    signs = torch.where(size >= least, gradient.flatten(1).sign(), 0.0)
+    count = (share * entries).long().clamp_(1, entries).unsqueeze(1)
+    most = int(count.max())
+    chosen = size >= size.topk(most, dim=1).values.gather(1, count - 1)
+    walled = ~(chosen & free).any(1, keepdim=True)
+    if bool(walled.any()):
+        size = torch.where(free, size, 0.0)
+        chosen = torch.where(walled, free & (size >= size.topk(most, dim=1).values.gather(1, count - 1)), chosen)
+    signs = torch.where(chosen, flat.sign(), 0.0)
     return (signs / signs.abs().sum(1, keepdim=True).clamp_(min=1e-10)).reshape(gradient.shape)
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from maodun.core.engine import Attack, State
+from maodun.core.errors import InputError
 from maodun.core.geometry import norms, per_sample
+from maodun.core.losses import get_loss
 from maodun.core.problem import Problem
 
 
@@ -38,6 +40,12 @@ class PGD(Attack[PGDState]):
     step_size: float | None = None
     restarts: int = 1
     random_start: bool = True
+
+    def __post_init__(self) -> None:
+        get_loss(self.loss)
+        for option in ("steps", "restarts"):
+            if getattr(self, option) < 1:
+                raise InputError(f"{option} {getattr(self, option)}", "must be at least 1", "give a positive number")
 
     @property
     def total_steps(self) -> int:
