@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from maodun.app import cli
-from maodun.app.allocator import keep_freed_memory
+from maodun.app.process import keep_freed_memory
 
 torch.set_num_threads(1)
 keep_freed_memory()

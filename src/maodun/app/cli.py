@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 
 from maodun.app import options as o
-from maodun.app.allocator import keep_freed_memory
 from maodun.app.endings import INTERRUPTED, WRONG_INPUT, Interrupted
 from maodun.app.flags import EvaluateFlags, Flags, RunFlags, flags_of
+from maodun.app.process import keep_freed_memory, let_idle_threads_sleep
 
 app = typer.Typer(
     name="maodun",
@@ -186,6 +186,7 @@ def _say(line: str, code: int) -> int:
 
 def main() -> None:
     """Run the process's command line and leave with its exit code."""
+    let_idle_threads_sleep()
     keep_freed_memory()
     if not sys.warnoptions:
         # Libraries warn their callers, who here are not the person reading; python -W shows the warnings again.

@@ -1,12 +1,21 @@
-"""Keep freed memory for the next call instead of handing it back to the system each time."""
+"""What a process that attacks should settle once, before torch is imported: freed memory and idle threads."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for its parameters, glibc's malloc.h
 _KEEP = 1 << 30
+
+
+def let_idle_threads_sleep() -> None:
+    """Have OpenMP's idle threads sleep instead of spin, unless the user says otherwise; must precede torch's import.
+
+    Spinning threads on a machine that does anything else cost a small network more than ten times its own work.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def keep_freed_memory() -> bool:
