@@ -11,14 +11,17 @@ from torch import Tensor
 from maodun.attacks.minimum.common import dual_length, found, refuse_below
 from maodun.core.engine import Attack, State
 from maodun.core.geometry import per_sample
+from maodun.core.losses import margin
 from maodun.core.problem import Problem
-
 
 _PLAIN_STEPS = 2
 """Steps taken as published before entries at a wall are left out."""
 
 _LEAST_STEP = 1e-3
 """The shortest step, as a share of the way so far."""
+
+_BEYOND = 0.1
+"""How far past an interpolated crossing to look, as a share of the way to the point that is known to fool."""
 
 
 @dataclass
@@ -36,8 +39,8 @@ class DeepFool(Attack[DeepFoolState]):
 
     Inputs N x ..., values in [0, 1]; norms l2 and linf; binary and multi-class. `steps` is the most steps a sample
     takes. `overshoot` lengthens the sum of all steps, so a linear model is crossed in one step at (1 + overshoot)
-    times the exact distance. `refine` queries then halve the last step, which keeps what fools the model nearer to
-    the boundary. `classes` counts the likely classes by the clean logits among which the nearest boundary is
+    times the exact distance. `refine` spends one query on a shorter last step, just past where the margins at its ends
+    say that it crosses. `classes` counts the likely classes by the clean logits among which the nearest boundary is
     sought, the own class included (None: all). From the third step on, entries at a wall of the box that a step would
     cross are left out, so that the step still reaches the boundary. Untargeted only.
 
@@ -52,7 +55,7 @@ class DeepFool(Attack[DeepFoolState]):
 
     steps: int = 50
     overshoot: float = 0.02
-    refine: int = 2
+    refine: bool = True
     classes: int | None = 10
 
     def __post_init__(self) -> None:
@@ -60,7 +63,6 @@ class DeepFool(Attack[DeepFoolState]):
             self.name,
             steps=(self.steps, 1),
             overshoot=(self.overshoot, 0.0),
-            refine=(self.refine, 0),
             classes=(2 if self.classes is None else self.classes, 2),
         )
 
@@ -83,12 +85,12 @@ class DeepFool(Attack[DeepFoolState]):
         def heads(logits: Tensor, index: Tensor) -> Tensor:
             return logits.gather(1, state.rivals[index]) - logits.gather(1, state.own[index])
 
-        _, values, gradients = problem.values_and_gradients(state.x, heads)
+        before, values, gradients = problem.values_and_gradients(state.x, heads)
         move, lost = self._move(problem, state, values, gradients)
         x = torch.add(state.x, move, alpha=1.0 + self.overshoot).clamp_(0.0, 1.0)
-        fooled = problem.is_adversarial(problem.logits(x))
-        if self.refine and bool(fooled.any()):
-            self._bisect(problem, state.x, x, fooled)
+        after = problem.logits(x)
+        if self.refine:
+            self._shorten(problem, (state.x, x), (before, after))
         return replace(state, x=x, done=lost | found(problem), step=state.step + 1)
 
     def finish(self, problem: Problem, state: DeepFoolState) -> None:
@@ -113,14 +115,16 @@ class DeepFool(Attack[DeepFoolState]):
         length = lengths.gather(1, nearest.unsqueeze(1)).squeeze(1).masked_fill(lost, 1.0)
         return normal * per_sample(ratio / length, normal), lost
 
-    def _bisect(self, problem: Problem, before: Tensor, after: Tensor, fooled: Tensor) -> None:
-        """Query midpoints of the last step of the rows it fooled; the run keeps the nearest that fools."""
-        rows = fooled.nonzero().squeeze(1)
-        problem, low, high = problem.select(rows), before[rows], after[rows]
-        for _ in range(self.refine):
-            middle = (low + high) / 2.0
-            inside = problem.is_adversarial(problem.logits(middle)).reshape(-1, *([1] * (middle.ndim - 1)))
-            low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
+    def _shorten(self, problem: Problem, ends: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor]) -> None:
+        """Query the last step of the rows it fooled, just past where the margins at its ends say it crosses."""
+        rows = problem.is_adversarial(logits[1]).nonzero().squeeze(1)
+        if not rows.numel():
+            return
+        problem, (start, end) = problem.select(rows), (ends[0][rows], ends[1][rows])
+        below, above = (margin(each[rows], problem.y) for each in logits)
+        crossing = (below / (below - above)).nan_to_num(1.0).clamp_(0.0, 1.0)
+        here = crossing + _BEYOND * (1.0 - crossing)
+        problem.logits(torch.lerp(start, end, per_sample(here, start)))
 
 
 def _free(gradient: Tensor, x: Tensor) -> Tensor:
