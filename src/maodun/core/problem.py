@@ -17,6 +17,9 @@ from maodun.core.streams import Stream
 from maodun.core.threat import Threat
 
 CONFIRM_DRAWS = 10
+# A search rests on a stochastic sample only when nearly all fresh draws are fooled: at six of ten, a verdict by the
+# majority of ten others would often find the sample standing.
+SURE = 0.9
 
 
 class Ledger:
@@ -24,7 +27,7 @@ class Ledger:
 
     `best` starts as the clean input and only ever becomes an input that fooled the model; `distance` is its distance
     in the threat's norm (infinite until then); `share` is the share of fresh draws it fooled (1 for a deterministic
-    model). Its status is `found` when it fools most draws; a weaker candidate is kept, and the search goes on. A
+    model). Its status is `found` when it fools most draws; the search goes on until it fools nearly all. A
     sample is `finished` when `enough` says that its candidate needs no improvement.
     """
 
@@ -64,7 +67,7 @@ class Ledger:
         share = None
         if self.session.stochastic and bool(better.any()):
             share = self._confirm(problem.select(hit), x)
-            better &= share > (0.5 if self.minimum else self.share[rows])
+            better &= share >= SURE if self.minimum else share > self.share[rows]
         pick = better.nonzero().squeeze(1)
         if problem.repeated:
             pick = self._one_per_row(rows, distance, pick)
@@ -75,7 +78,7 @@ class Ledger:
             self.share[chosen] = 1.0 if share is None else share[pick]
             self.status[chosen if share is None else chosen[share[pick] > 0.5]] = int(Status.found)
         if self.stop and not self.minimum:
-            self.finished[rows] |= self.share[rows] > 0.5
+            self.finished[rows] |= self.share[rows] >= SURE
         elif self.stop and self.enough is not None:
             self.finished[rows] |= self.distance[rows] <= self.enough
 

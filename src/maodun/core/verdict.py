@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from maodun.core.errors import InputError, nearest
@@ -64,6 +63,9 @@ def interval(successes: int, n: int, confidence: float = 0.95, method: str = "ex
     """Return the share successes / n with its Clopper-Pearson ("exact") or "wilson" interval, from scipy."""
     if n == 0:
         return Interval(float("nan"), 0.0, 1.0, 0)
+    # scipy.stats takes a second to import, and most uses of this room never ask for an interval.
+    from scipy.stats import binomtest
+
     bounds = binomtest(successes, n).proportion_ci(confidence, method)
     return Interval(successes / n, float(bounds.low), float(bounds.high), n)
 
