@@ -13,6 +13,7 @@ from maodun.core.errors import InputError
 from maodun.core.oracle import BPDA, EOT, NES, SPSA, Budget, BudgetExceededError, Exact, Oracle
 from maodun.core.streams import Stream
 from maodun.core.threat import Threat
+from maodun.core.verdict import judge
 
 IDS = torch.arange(6)
 
@@ -254,3 +255,25 @@ def test_conv_weights_change_layout_for_the_run_only_and_never_values():
     assert any(seen) and model[0].weight.stride() == strides and torch.equal(model[0].weight, before)
     slow = PGD(steps=3).run(Oracle(model, channels_last=False), x, y, Threat("linf", 0.1))
     assert torch.allclose(fast.x_adv, slow.x_adv, atol=1e-4)
+
+
+def test_bf16_searches_under_autocast_is_no_reference_and_is_judged_in_float32():
+    types = []
+
+    class Spy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            types.append(out.dtype)
+            return out
+
+    model = Spy(8, 3)
+    x, _ = _data()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    oracle = Oracle(model, precision="bf16")
+    types.clear()
+    found = PGD(steps=2).run(oracle, x, y, Threat("linf", 0.2), check_model=False)
+    assert torch.bfloat16 in types and not oracle.reference and Oracle(model).reference
+    types.clear()
+    judge(oracle, found.x_adv, x, y, Threat("linf", 0.2))
+    assert set(types) == {torch.float32}

@@ -57,7 +57,9 @@ Draws = Annotated[int, _flag(_VERDICT, "Fresh draws per verdict of a stochastic 
 Seed = Annotated[int, _flag(_VERDICT, "The seed of every random number of the run.")]
 
 BatchSize = Annotated[str, _flag(_RUN, "auto, or samples per batch; results do not depend on it.")]
-Precision = Annotated[str, _flag(_RUN, "float32, or bf16 for the search only (not a reference result).")]
+Precision = Annotated[
+    str, _flag(_RUN, "float32, or bf16 for the search only: not a reference, and slow without bf16 hardware.")
+]
 ChannelsLast = Annotated[
     bool, _flag(_RUN, "Lay convolutions out channels-last on a CPU.", "--channels-last/--no-channels-last")
 ]
