@@ -56,6 +56,9 @@ class Ledger:
             self.finished[rows] = True
             self.status[rows] = int(Status.non_finite)
         hit = fooled.nonzero().squeeze(1)
+        if hit.numel() and not self.minimum:
+            # Inside a ball one certain success is as good as another.
+            hit = hit[self.share[problem.rows[hit]] < 1.0]
         if hit.numel():
             self._keep(problem, hit, x[hit])
 
