@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from scipy.linalg import hadamard
+from tests.oracles import SHAPES, Counting, Flat, Linear, Sphere, distances, linear, nearest, samples
 from torch import Tensor, nn
 
 from maodun.attacks.minimum.cw import CW
@@ -19,7 +20,6 @@ from maodun.core.errors import InputError, UnsupportedError
 from maodun.core.oracle import Oracle
 from maodun.core.status import Status
 from maodun.core.threat import Threat
-from tests.oracles import SHAPES, Counting, Flat, Linear, Sphere, distances, linear, nearest, samples
 
 ALL = [
     (DeepFool(), "l2"),
