@@ -214,6 +214,8 @@ class Attack(Generic[S]):
         state: S | None = None
         steps = self.total_steps
         done = 0
+        # Most steps finish nobody, and versions tell so without a look at every row.
+        seen: tuple[int, Tensor | None, int] = (-1, None, 0)
         while done <= steps and len(problem):
             try:
                 if state is None:
@@ -230,7 +232,11 @@ class Attack(Generic[S]):
                 problem.ledger.status[unfound] = int(Status.exhausted_budget)
             if progress is not None:
                 progress(self.name, min(done, steps), steps, len(problem))
-            problem, state = self._compact(problem, state)
+            version = problem.ledger.finished._version
+            done_now = None if state is None else state.done
+            if version != seen[0] or done_now is not seen[1] or (done_now is not None and done_now._version != seen[2]):
+                seen = (version, done_now, 0 if done_now is None else done_now._version)
+                problem, state = self._compact(problem, state)
 
     @staticmethod
     def _compact(problem: Problem, state: S | None) -> tuple[Problem, S | None]:

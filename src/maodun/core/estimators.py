@@ -62,7 +62,8 @@ def _autograd(values: Tensor, x: Tensor) -> list[Tensor]:
     heads = values.shape[1]
     grads = []
     for k in range(heads):
-        (grad,) = torch.autograd.grad(values[:, k].sum(), x, retain_graph=k + 1 < heads, allow_unused=True)
+        total = values.sum() if heads == 1 else values[:, k].sum()
+        (grad,) = torch.autograd.grad(total, x, retain_graph=k + 1 < heads, allow_unused=True)
         grads.append(torch.zeros_like(x) if grad is None else grad)
     return grads
 

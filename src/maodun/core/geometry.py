@@ -30,7 +30,7 @@ def norms(delta: Tensor, norm: str) -> Tensor:
 
 def project_linf(x_adv: Tensor, x: Tensor, eps: Tensor | float) -> Tensor:
     """Return the point of the linf ball around `x`, cut by [0, 1], nearest to `x_adv`."""
-    radius = per_sample(eps, x)
+    radius = per_sample(eps, x) if isinstance(eps, Tensor) else eps
     return torch.minimum(torch.maximum(x_adv, (x - radius).clamp_(min=0.0)), (x + radius).clamp_(max=1.0))
 
 

@@ -136,6 +136,7 @@ class Session:
         self.batch_size = oracle.batch_size or automatic_batch_size(oracle.model, x)
         self.purpose = "search"
         self._limited = oracle.budget != Budget()
+        self._ones = torch.ones(0, dtype=torch.int64, device=x.device)
 
     # -- what estimators see (the Port) ------------------------------------------------------------------------------
 
@@ -150,10 +151,9 @@ class Session:
         if self._limited:
             self._afford(rows, self.oracle.budget.forwards, self.meter.forwards, draws)
             self._afford(rows, self.oracle.budget.queries if query else None, self.meter.queries, draws)
-        price = torch.full_like(rows, draws)
-        self.meter.forwards.index_add_(0, rows, price)
+        self._charge(self.meter.forwards, rows, draws)
         if query:
-            self.meter.queries.index_add_(0, rows, price)
+            self._charge(self.meter.queries, rows, draws)
         return self.call(x, index, number)
 
     def call(self, x: Tensor, index: Tensor, number: Tensor) -> Tensor:
@@ -171,7 +171,12 @@ class Session:
         rows = index if draws == 1 else index[::draws]
         if self._limited:
             self._afford(rows, self.oracle.budget.backwards, self.meter.backwards, passes * draws)
-        self.meter.backwards.index_add_(0, rows, torch.full_like(rows, passes * draws))
+        self._charge(self.meter.backwards, rows, passes * draws)
+
+    def _charge(self, counter: Tensor, rows: Tensor, price: int) -> None:
+        if self._ones.shape[0] < rows.shape[0]:
+            self._ones = torch.ones_like(rows)
+        counter.index_add_(0, rows, self._ones[: rows.shape[0]], alpha=price)
 
     def noise(self, purpose: str) -> Stream:
         """Return the stream of a purpose under the run's seed."""
@@ -221,12 +226,10 @@ class Session:
                 "use NES() or SPSA() as gradient, or a query attack",
             )
         port = _Offset(self, rows)
-        parts = [
-            estimator.estimate(port, x[part], port.positions[part], heads)
-            for part in self._chunks(x.shape[0], estimator.draws)
-        ]
-        if len(parts) == 1:
-            return parts[0]
+        chunks = self._chunks(x.shape[0], estimator.draws)
+        if len(chunks) == 1:
+            return estimator.estimate(port, x, port.positions, heads)
+        parts = [estimator.estimate(port, x[part], port.positions[part], heads) for part in chunks]
         return (
             torch.cat([part[0] for part in parts]),
             torch.cat([part[1] for part in parts]),
@@ -255,10 +258,13 @@ class _Offset:
         self.query = session.oracle.gradient.needs == "scores"
 
     def forward(self, x: Tensor, index: Tensor, draws: int = 1) -> Tensor:
-        return self.session.forward(x, self.rows[index], draws, self.query)
+        return self.session.forward(x, self._rows(index), draws, self.query)
 
     def count_backward(self, index: Tensor, passes: int, draws: int = 1) -> None:
-        self.session.count_backward(self.rows[index], passes, draws)
+        self.session.count_backward(self._rows(index), passes, draws)
+
+    def _rows(self, index: Tensor) -> Tensor:
+        return self.rows if index is self.positions else self.rows[index]
 
     def noise(self, purpose: str) -> Stream:
         return self.session.noise(purpose)
