@@ -294,6 +294,8 @@ def cell(name: str, success: list[int], **about: Any) -> tuple[dict[str, Any], d
         "sample_id": np.arange(len(success)),
         "success": np.array(success, bool),
         "status": np.array(["found" if hit else "exhausted_steps" for hit in success], dtype=object),
+        "audited": np.zeros(len(success), bool),
+        "overturned": np.zeros(len(success), bool),
     }
     return {**usual, "access": "gradient", **about}, columns
 
@@ -315,3 +317,12 @@ def test_records_themselves_raise_suspicions() -> None:
     columns["status"][6] = "exhausted_budget"
     found = cross_check([(about, columns)])
     assert [finding.name for finding in found] == ["zero_gradient", "non_finite", "budget"]
+
+
+def test_an_audit_is_reported_with_what_it_overturned() -> None:
+    about, columns = cell("sharp", [0] * 30 + [1] * 10)
+    columns["audited"][[0, 1, 2, 35]] = True
+    columns["overturned"][35] = True
+    (finding,) = cross_check([(about, columns)])
+    assert finding.name == "audit" and finding.level == "note"
+    assert "Of 31 samples given up 4 were audited" in finding.sentence and "overturned 1 (25.0 %" in finding.sentence

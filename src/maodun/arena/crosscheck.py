@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from maodun.arena.laboratory import stronger
 from maodun.arena.recipe import format_radius
 from maodun.arena.summary import Finding
+from maodun.core.verdict import interval
 
 _Cell = tuple[Mapping[str, Any], Mapping[str, NDArray[Any]]]
 
@@ -21,9 +22,10 @@ def cross_check(cells: Sequence[_Cell]) -> list[Finding]:
     """Return what is odd within or between cells; `cells` are pairs of a manifest line and its record columns.
 
     Checked: a one-step attack stronger than an iterative one, a black-box attack stronger than the best white-box
-    one, a smaller radius stronger than a larger one, zero gradients, outputs that are not finite, spent budgets.
+    one, a smaller radius stronger than a larger one, zero gradients, outputs that are not finite, spent budgets, and
+    what audits of early endings showed.
     """
-    found = [finding for cell in cells for finding in _statuses(cell)]
+    found = [finding for cell in cells for finding in (*_statuses(cell), *_audit(cell))]
     for group in _same_place(cells):
         found += [*_weak_beats_strong(group)]
     return [*found, *_radii(cells)]
@@ -70,6 +72,21 @@ def _statuses(cell: _Cell) -> Iterator[Finding]:
     if spent:
         sentence = f"{spent} of {n} samples stand because their budget was spent"
         yield _finding(cell, "budget", "note", sentence, "Read the number as robustness against this budget only.")
+
+
+def _audit(cell: _Cell) -> Iterator[Finding]:
+    """Say how often a search that gives samples up early was checked by a full one, and how often it was wrong."""
+    audited, wrong = int(cell[1]["audited"].sum()), int(cell[1]["overturned"].sum())
+    if not audited:
+        return
+    given_up = int(np.isin(cell[1]["status"], ("exhausted_steps", "zero_gradient")).sum()) + wrong
+    share = interval(wrong, audited)
+    sentence = (
+        f"Of {given_up} samples given up {audited} were audited by the full AutoAttack, which overturned {wrong} "
+        f"({100 * share.value:.1f} %, 95 % interval {100 * share.low:.1f} to {100 * share.high:.1f})"
+    )
+    action = "Nothing to do." if not wrong else "For a number to publish run autoattack, or sharp with more patience."
+    yield _finding(cell, "audit", "note", sentence, action)
 
 
 def _compare(suspect: _Cell, expected: _Cell) -> tuple[str | None, int, int]:

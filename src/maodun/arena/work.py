@@ -54,6 +54,8 @@ RECORDS = pa.schema(
         ("distance_l2", pa.float32()),
         ("rho", pa.float32()),
         ("status", pa.string()),
+        ("audited", pa.bool_()),
+        ("overturned", pa.bool_()),
         ("forwards", pa.int64()),
         ("backwards", pa.int64()),
         ("queries", pa.int64()),
@@ -216,11 +218,18 @@ def _cost(found: Candidates) -> dict[str, Any]:
     samples = found.status.shape[0]
     return {
         "status": [Status(int(code)).name for code in found.status.tolist()],
+        **{name: _array(_flags(found, name)) for name in ("audited", "overturned")},
         "forwards": _array(found.forwards),
         "backwards": _array(found.backwards),
         "queries": _array(found.queries),
         "seconds": np.full(samples, found.seconds / max(1, samples), dtype=np.float32),
     }
+
+
+def _flags(found: Candidates, name: str) -> Tensor:
+    """Return a search's own (N,) account of its shortcuts, all False where it took none."""
+    flags: Tensor | None = getattr(found, name, None)
+    return torch.zeros_like(found.found) if flags is None else flags
 
 
 def _array(values: Tensor) -> NDArray[Any]:
