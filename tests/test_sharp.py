@@ -9,12 +9,14 @@ import torch
 from oracles import SHAPES, Counting, Flat, Sphere, linear, nearest, samples
 from torch import Tensor, nn
 
+from maodun.attacks.gradient.sweep import promise
 from maodun.attacks.recipes import AutoAttack
 from maodun.attacks.registry import build_attack
-from maodun.attacks.sharp import Lane, Round, Sharp, SharpCandidates
+from maodun.attacks.sharp import Lane, Round, Sharp, SharpCandidates, SharpState
 from maodun.core.engine import Candidates
 from maodun.core.errors import InputError
 from maodun.core.oracle import Budget, Oracle
+from maodun.core.problem import Problem
 from maodun.core.status import Status
 from maodun.core.streams import Stream
 from maodun.core.threat import Threat
@@ -100,15 +102,15 @@ def test_the_price_of_a_hopeless_sample_is_one_short_run():
     found = QUIET.run(Oracle(model, stochastic=False), x, y, threat)
     assert not bool(found.found.any())
     assert (
-        bool((found.backwards == 20).all()) and bool((found.forwards == 22).all()) and bool((found.queries == 2).all())
+        bool((found.backwards == 24).all()) and bool((found.forwards == 23).all()) and bool((found.queries == 2).all())
     )
-    assert model.backward_rows == 20 * 20 and model.weight_gradients == 0
+    assert model.backward_rows == 24 * 20 and model.weight_gradients == 0
 
 
 def test_the_price_of_a_close_sample_stays_below_an_eighth_of_autoattack():
     plan = Sharp().rounds
-    gradients = sum(entry.steps * len(entry.lanes) for entry in plan)
-    forwards = sum((entry.steps + 1) * len(entry.lanes) + entry.queries for entry in plan)
+    gradients = sum(entry.steps * len(entry.lanes) + 4 for entry in plan)
+    forwards = sum((entry.steps + 1) * len(entry.lanes) + 1 + entry.queries for entry in plan)
     standard = {"forwards": 101 + 909 + 2 * 900 + 5000, "backwards": 101 + 909 + 900}
     # Even a sample that stays in to the end costs no more than AutoAttack's gradients and a part of its queries.
     assert gradients <= standard["backwards"] and forwards <= standard["forwards"]
@@ -118,26 +120,39 @@ def test_the_price_of_a_close_sample_stays_below_an_eighth_of_autoattack():
     assert int(found.backwards[robust].max()) <= gradients
 
 
-def test_who_goes_on_depends_on_what_is_missing_beside_what_was_moved():
-    attack, plan = Sharp(), Round(10, (Lane(),), keep=0.5, reach=1.0)
-    _, x, _ = _net(5)
-    state = _state(
-        x,
-        margin=[-1.0, -1.0, -1.0, -1.0, -2.0],
-        clean=[-2.9, -3.1, -2.5, -1.0, -2.0],
-        before=[-1.0, -1.0, -1.3, -1.0, -2.0],
-    )
-    assert attack.hopeful(plan, state).tolist() == [False, True, True, True, True]
-    assert attack.replace(patience=0.5).hopeful(plan, state).tolist() == [False, False, False, True, True]
+def test_who_goes_on_depends_on_what_is_missing_what_was_moved_and_what_the_gradient_promises():
+    attack, plan = Sharp(), Round(10, (Lane(),), keep=0.5, need=0.3)
+    margins, cleans = [-1.0, -1.0, -1.0, -1.0, -1.0], [-2.9, -3.1, -3.1, -3.1, -1.0]
+    reach = torch.tensor([[1.0, 0.0], [0.31, 0.0], [0.29, 0.79], [0.0, 0.81], [0.0, 0.0]])
+    plan = replace(plan, turn=0.8)
+    state = SharpState(
+        x=torch.zeros(5, 3), done=torch.zeros(5, dtype=torch.bool), logits=torch.zeros(5, 3), round=0, sweep=None,
+        query=None, margin=torch.tensor(margins), clean=torch.tensor(cleans), reach=reach,
+        rivals=torch.ones(5, 2).long(),
+    )  # fmt: skip
+    assert attack.hopeful(plan, state).tolist() == [False, True, False, True, True]
+    assert attack.hopeful(replace(plan, turn=float("inf")), state).tolist() == [False, True, False, False, True]
+    assert attack.replace(patience=2.0).hopeful(plan, state).tolist() == [True, True, True, True, True]
     assert attack.hopeful(replace(plan, keep=float("inf")), state).all()
 
 
-def _state(x: Tensor, **values: list[float]):
-    from maodun.attacks.sharp import SharpState
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_promise_is_what_a_linear_function_can_gain_in_the_ball(norm: str):
+    model = linear(2)
+    x, y = samples(model, 20)
+    threat = Threat(norm, {"linf": 0.05, "l2": 0.2, "l1": 0.25}[norm])
+    gradient = ((model.weight[1 - y] - model.weight[y]).reshape(x.shape)).detach()
+    start = threat.random_start(x, Stream(0, "start"), torch.arange(20))
+    gain = promise(threat, gradient, start, x)
+    aim = threat.project(x + 1e3 * gradient, x) if norm != "l1" else x + 0.25 * _largest(gradient)
+    assert torch.allclose(gain, (gradient * (aim - start)).flatten(1).sum(1), atol=1e-3)
+    assert torch.allclose(promise(threat, gradient, aim, x), torch.zeros(20), atol=1e-3)
 
-    tensors = {name: torch.tensor(value) for name, value in values.items()}
-    done = torch.zeros(len(x), dtype=torch.bool)
-    return SharpState(x=x, done=done, logits=torch.zeros(len(x), 5), round=0, sweep=None, query=None, **tensors)
+
+def _largest(gradient: Tensor) -> Tensor:
+    flat = gradient.flatten(1)
+    place = flat.abs().argmax(1, keepdim=True)
+    return torch.zeros_like(flat).scatter_(1, place, flat.gather(1, place).sign()).reshape(gradient.shape)
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
@@ -237,6 +252,25 @@ def test_radius_zero_and_infinite_radius():
     nothing = QUIET.run(Oracle(model), x, y, Threat("linf", 0.0))
     assert not bool(nothing.found.any()) and torch.equal(nothing.x_adv, x)
     assert bool(QUIET.run(Oracle(model), x, y, Threat("linf")).found.all())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_best_point_of_a_run_is_inside_the_ball_and_no_success_is_lost(norm: str):
+    model, x, y = _net()
+    threat = Threat(norm, {"linf": 0.1, "l2": 0.3, "l1": 0.8}[norm])
+    points: list[tuple[Tensor, Tensor]] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watched(Short):
+        @staticmethod
+        def _harvest(problem: Problem, state: SharpState) -> None:
+            Short._harvest(problem, state)
+            points.append((threat.contains(state.x, problem.x), state.margin[~problem.ledger.finished[problem.rows]]))
+
+    Watched(audit=0.0, widen=1.0).run(Oracle(model), x, y, threat)
+    assert len(points) == len(FEW)
+    for inside, standing in points:
+        assert bool(inside.all()) and bool((standing <= 0).all())
 
 
 def test_a_run_ends_inside_the_ball_though_it_began_in_a_wider_one():

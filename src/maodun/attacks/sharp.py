@@ -1,13 +1,15 @@
 """Sharp: what AutoAttack finds, for about a tenth of its cost, by giving up early where nothing will be found.
 
 Most of AutoAttack's cost is spent on samples that are far from any boundary and on repeating what one attack has
-already shown. Here every sample gets a short run; how far it moved the margin, beside what is missing, says
-whether more runs can pay; only the few samples that are close get many targets, restarts and queries. The prediction is
-audited: a random share of the samples given up gets the full AutoAttack, and the result says how often that was wrong.
+already shown. Here every sample gets a short run; how far it moved the margin, and how much the gradient at its best
+point still promises, say whether more runs can pay; only the few samples where they can get many targets, restarts and
+queries. The prediction is audited: a random share of the samples given up gets the full AutoAttack, and the result says
+how often the prediction was wrong.
 
 Learnt from: minimum-margin attack (Gao et al., ICML 2022: targets ordered by margin), adaptive auto attack (Liu et al.,
 CVPR 2022: short runs, hard samples are left early), AutoAE (Liu et al., AAAI 2023: cheap members first), probability
-margin attack (Xie et al., arXiv 2411.15210). New here are the per-sample rule, the widened ball and the audit.
+margin attack (Xie et al., arXiv 2411.15210). New here are the rule by the
+Frank-Wolfe gap, the widened ball and the audit.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from maodun.attacks.gradient.apgd import likely_targets
 from maodun.attacks.gradient.climb import finite
-from maodun.attacks.gradient.sweep import Sweep, sweep
+from maodun.attacks.gradient.sweep import Sweep, promise, sweep
 from maodun.attacks.query import windows
 from maodun.attacks.query.square import Square, SquareState
 from maodun.attacks.recipes import AutoAttack
@@ -39,7 +42,9 @@ from maodun.core.verdict import interval
 
 @dataclass(frozen=True)
 class Lane:
-    """One run of a round: towards the `rank`-th most likely wrong class (0 first; None: cross-entropy), from `start`.
+    """One run of a round: towards the wrong class of some `rank` (None: cross-entropy), from `start`.
+
+    Rank 0 is the likeliest wrong class at the best point so far, the next are those the gradient there promises most.
 
     `start` is "random" (a point of the ball) or "best" (the sample's best point so far).
     """
@@ -52,15 +57,18 @@ class Lane:
 class Round:
     """Runs of `steps` steps side by side, or `queries` of random search, and who goes on afterwards.
 
-    With g the margin still missing, d how far the search has moved it from the clean input in all, and r how
-    far in this round, a sample goes on while g <= keep * d + reach * r.
+    With g the margin still missing and d how far the search has moved it from the clean input, a sample goes on while
+    g <= keep * d and ascent can pay. For each of the likeliest wrong classes the gradient at the best point promises at
+    most h (the Frank-Wolfe gap) where g is missing: h must reach need * g for the nearest class or turn * g for
+    another. A smooth margin leaves no h at its best point, a rugged one does.
     """
 
     steps: int = 0
     lanes: tuple[Lane, ...] = ()
     queries: int = 0
     keep: float = math.inf
-    reach: float = 0.0
+    need: float = 0.0
+    turn: float = math.inf
 
 
 _CE, _CE_BEST = Lane(), Lane(start="best")
@@ -71,12 +79,12 @@ def _towards(*ranks: int) -> tuple[Lane, ...]:
 
 
 ROUNDS = (
-    Round(20, (_CE,), keep=4.0),
-    Round(25, _towards(0, 1), keep=1.0, reach=2.0),
-    Round(40, (_CE, *_towards(0, 1, 2)), keep=0.3, reach=1.5),
-    Round(60, (_CE, _CE_BEST, *_towards(0, 1, 2)), keep=0.12, reach=1.0),
-    Round(100, (_CE, _CE, _CE_BEST, *_towards(0, 1, 2)), keep=0.08, reach=1.0),
-    Round(queries=1500),
+    Round(20, (_CE,), keep=1.5, need=0.25, turn=0.7),
+    Round(15, _towards(0, 1, 2), keep=1.1, need=0.25),
+    Round(30, _towards(0, 1, 2), keep=0.8, need=0.3),
+    Round(50, (_CE, *_towards(0, 1, 2, 3)), keep=0.5, need=0.4),
+    Round(80, (_CE, _CE_BEST, *_towards(0, 1)), keep=0.3, need=0.5),
+    Round(queries=1000),
     Round(40, (_CE_BEST, Lane(0, "best"), Lane(1, "best"))),
 )
 """The search, measured on models and images other than those reported (docs/attacks/sharp.md)."""
@@ -99,13 +107,15 @@ class SharpCandidates(Candidates):
 class SharpState(State):
     """`x` is the best point of every sample, `margin` its margin, `logits` its logits; `clean` the clean margin.
 
-    `sweep` or `query` is the search of the `round`-th round under way; `before` is the margin when it began.
+    `rivals` (N, T) are the classes worth climbing to, best first; `reach` (N, T) is what first-order ascent from `x`
+    promises towards each, over what is missing. `sweep` or `query` is the search of the `round`-th round under way.
     """
 
     margin: Tensor
-    before: Tensor
     clean: Tensor
     logits: Tensor
+    rivals: Tensor
+    reach: Tensor
     round: int
     sweep: Sweep | None
     query: SquareState | None
@@ -118,7 +128,7 @@ class Sharp(Attack[SharpState]):
     Inputs N x ..., values in [0, 1]; linf, l2, l1; targeted too. `patience` scales the rule by which samples go on (2
     keeps those twice as far away). `audit` is the share of given-up samples, drawn by sample id, on which the full
     AutoAttack runs; 0 leaves it out. `widen` is the share of eps by which the ball is larger when a run begins.
-    Costs 21 forwards and 20 backwards for every robust sample at least; the rest depends on how close samples are.
+    Costs 23 forwards and 24 backwards for every robust sample at least; the rest depends on how close samples are.
     """
 
     name: ClassVar[str] = "sharp"
@@ -195,47 +205,50 @@ class Sharp(Attack[SharpState]):
         problem = dataclasses.replace(problem, threat=finite(problem.threat, problem.x))
         logits = problem.clean()
         value = margin(logits, problem.y, problem.targets)
-        done = torch.zeros_like(value, dtype=torch.bool)
-        state = SharpState(problem.x, done, value, value, value, logits, 0, None, None)
-        return self._begin(problem, state)
+        rivals = _rivals(problem, logits)
+        return SharpState(
+            x=problem.x, done=torch.zeros_like(value, dtype=torch.bool), margin=value, clean=value, logits=logits,
+            rivals=rivals, reach=torch.zeros_like(rivals, dtype=value.dtype), round=0, sweep=None, query=None,
+        )  # fmt: skip
 
     def step(self, problem: Problem, state: SharpState) -> SharpState:
-        """Advance the round under way; at its end, let go whom it shows to be out of reach and begin the next one."""
+        """Advance the round under way; at its end let go whom it shows to be out of reach."""
         plan = self.rounds[state.round]
         problem = dataclasses.replace(problem, threat=finite(problem.threat, problem.x))
+        if state.sweep is None and state.query is None:
+            self._begin(problem, state, plan)
+        over = True
         if state.query is not None:
             state.query = _square(plan).step(problem, state.query)
             over = state.query.query >= _square(plan).queries
         elif state.sweep is not None:
             state.sweep.advance()
             over = state.sweep.over
-        else:
-            over = True
         if over:
             self._harvest(problem, state)
-            state.done = ~self.hopeful(plan, state) if problem.threat.eps > 0.0 else torch.ones_like(state.done)
+            last = state.round + 1 == len(self.rounds) or problem.threat.eps == 0.0
+            if not last and plan.keep < math.inf:
+                _look_ahead(problem, state)
+            state.done = torch.ones_like(state.done) if last else ~self.hopeful(plan, state)
             state.round += 1
-            if state.round == len(self.rounds):
-                state.done = torch.ones_like(state.done)
-            elif not bool(state.done.all()):
-                state = self._begin(problem, state)
         return state
 
     def finish(self, problem: Problem, state: SharpState) -> None:
         """Nothing is left to look at: every point has been scored."""
 
     def hopeful(self, plan: Round, state: SharpState) -> Tensor:
-        """Return (N,) booleans: what is missing is little beside what the search has moved."""
+        """Return (N,) booleans: little is missing beside what was moved, and the gradient promises enough."""
         if plan.keep == math.inf:
             return torch.ones_like(state.done)
-        missing, moved, lately = -state.margin, state.margin - state.clean, state.margin - state.before
-        near = missing <= self.patience * (plan.keep * moved + plan.reach * lately)
+        moved = state.margin - state.clean
+        near = -state.margin <= self.patience * plan.keep * moved
+        bar = torch.full_like(state.reach, plan.turn)
+        bar[:, 0] = plan.need
+        near &= (self.patience * state.reach >= bar).any(1)
         # A search that could not move the margin at all has learnt nothing: gradients may be masked.
         return near | (moved <= 1e-6 * state.clean.abs())
 
-    def _begin(self, problem: Problem, state: SharpState) -> SharpState:
-        plan = self.rounds[state.round]
-        state.before, state.sweep, state.query = state.margin, None, None
+    def _begin(self, problem: Problem, state: SharpState, plan: Round) -> None:
         if plan.queries and problem.x.ndim == 4:
             state.query = SquareState(
                 state.x.clone(), torch.zeros_like(state.done), state.margin,
@@ -243,7 +256,6 @@ class Sharp(Attack[SharpState]):
             )  # fmt: skip
         elif plan.lanes:
             state.sweep = self._sweep(problem, state, plan)
-        return state
 
     def _sweep(self, problem: Problem, state: SharpState, plan: Round) -> Sweep:
         lanes, device = len(plan.lanes), problem.x.device
@@ -267,9 +279,11 @@ class Sharp(Attack[SharpState]):
             state.x = torch.where(problem.per_sample(better).to(torch.bool), x, state.x)
             state.logits = torch.where(better.unsqueeze(1), logits, state.logits)
             state.margin = torch.maximum(value, state.margin)
+        state.sweep, state.query = None, None
 
 
 _QUERIES_SKIPPED = 200
+_RIVALS = 4
 
 
 def _square(plan: Round) -> Square:
@@ -277,17 +291,38 @@ def _square(plan: Round) -> Square:
     return Square(queries=plan.queries + _QUERIES_SKIPPED)
 
 
+def _rivals(problem: Problem, logits: Tensor) -> Tensor:
+    """Return the likeliest wrong classes (N, up to 4), likeliest first; for a targeted threat the target alone."""
+    if problem.targets is not None:
+        return problem.targets.unsqueeze(1)
+    return likely_targets(logits, problem.y, _RIVALS)
+
+
+def _look_ahead(problem: Problem, state: SharpState) -> None:
+    """Ask the gradient at the best points what it promises towards each likely class; one forward, T backwards."""
+    rivals = _rivals(problem, state.logits)
+
+    def heads(logits: Tensor, index: Tensor) -> Tensor:
+        y = problem.y[index]
+        if problem.targets is not None:
+            return margin(logits, y, problem.targets[index]).unsqueeze(1)
+        return logits.gather(1, rivals[index]) - logits.gather(1, y.unsqueeze(1))
+
+    _, values, grads = problem.values_and_gradients(state.x, heads)
+    gains = torch.stack([promise(problem.threat, grad, state.x, problem.x) for grad in grads], 1)
+    reach = gains / (-values).clamp(min=torch.finfo(values.dtype).tiny)
+    # The nearest class stays first; the others follow by what is promised.
+    order = torch.cat([reach.new_full((len(problem), 1), math.inf), reach[:, 1:]], 1).argsort(1, descending=True)
+    state.rivals, state.reach = rivals.gather(1, order), reach.gather(1, order)
+
+
 def _aims(problem: Problem, state: SharpState, plan: Round) -> Tensor:
-    """Return the class each lane climbs to (N * lanes,), by the logits of the best points; -1 for the cross-entropy."""
-    others = state.logits.scatter(1, problem.y.unsqueeze(1), -math.inf).argsort(1, descending=True)
-    columns = []
-    for lane in plan.lanes:
-        if lane.rank is None:
-            columns.append(torch.full_like(problem.y, -1))
-        elif problem.targets is not None:
-            columns.append(problem.targets)
-        else:
-            columns.append(others[:, lane.rank % (others.shape[1] - 1)])
+    """Return the class each lane climbs to (N * lanes,); -1 for the cross-entropy."""
+    choice = state.rivals.shape[1]
+    columns = [
+        torch.full_like(problem.y, -1) if lane.rank is None else state.rivals[:, lane.rank % choice]
+        for lane in plan.lanes
+    ]
     return torch.stack(columns, 1).flatten()
 
 

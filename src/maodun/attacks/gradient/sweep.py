@@ -15,9 +15,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from maodun.core import geometry
 from maodun.core.engine import State
 from maodun.core.losses import cross_entropy, dlr, margin
 from maodun.core.problem import Problem
+from maodun.core.threat import Threat
 
 _MOMENTUM = 0.75
 _FIRST_STEP = {"linf": 2.0, "l2": 2.0, "l1": 1.0}
@@ -87,19 +89,20 @@ class Sweep(State):
     def _look(self, logits: Tensor) -> None:
         value = margin(logits, self.view.y, self.view.targets)
         better = value > self.best_margin
-        if self._excess() > 0.0:
+        if self._excess(self.taken - 1) > 0.0:
+            # The iterate was projected on the ball of the step before.
             better &= self.view.threat.contains(self.x, self.view.x)
         wide = self.view.per_sample(better).to(torch.bool)
         self.best = torch.where(wide, self.x, self.best)
         self.best_margin = torch.where(better, value, self.best_margin)
         self.best_logits = torch.where(better.unsqueeze(1), logits, self.best_logits)
 
-    def _excess(self) -> float:
-        return self.widen * max(0.0, 1.0 - 2.0 * self.taken / self.steps)
+    def _excess(self, step: int) -> float:
+        return self.widen * max(0.0, 1.0 - 2.0 * step / self.steps)
 
     def _propose(self, gradient: Tensor) -> Tensor:
         origin, threat = self.view.x, self.view.threat
-        ball = threat.with_eps(threat.eps * (1.0 + self._excess()))
+        ball = threat.with_eps(threat.eps * (1.0 + self._excess(self.taken)))
         pace = 0.5 * (1.0 + math.cos(math.pi * self.taken / self.steps))
         size = _FIRST_STEP[threat.norm] * threat.eps * pace
         aim = ball.project(self.x + size * threat.steepest(gradient, self.x), origin)
@@ -131,3 +134,18 @@ def sweep(
         heat=(clean_margin.abs() / _SATURATION).clamp(min=1.0), steps=steps, widen=widen, taken=0, previous=start,
         best=view.x, best_margin=rows, best_logits=rows.new_zeros(rows.shape[0], classes),
     )  # fmt: skip
+
+
+def promise(threat: Threat, gradient: Tensor, x_adv: Tensor, x: Tensor) -> Tensor:
+    """Return (N,) the most a function with `gradient` at `x_adv` could gain inside the ball if it were linear.
+
+    This is the Frank-Wolfe gap: exact for linf cut by the box, an upper bound for l2 and l1, where the box only rules
+    out entries that stand at the wall they are pushed to. For a concave function no ascent can gain more.
+    """
+    if threat.norm == "linf":
+        low, high = (x - threat.eps).clamp_(min=0.0), (x + threat.eps).clamp_(max=1.0)
+        return (torch.where(gradient > 0, high - x_adv, low - x_adv) * gradient).flatten(1).sum(1)
+    stuck = ((gradient > 0) & (x_adv >= 1.0)) | ((gradient < 0) & (x_adv <= 0.0))
+    free = torch.where(stuck, torch.zeros_like(gradient), gradient)
+    already = (free * (x_adv - x)).flatten(1).sum(1)
+    return threat.eps * geometry.norms(free, "l2" if threat.norm == "l2" else "linf") - already
