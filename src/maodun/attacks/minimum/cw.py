@@ -78,7 +78,7 @@ class CW(Attack[CWState]):
     initial_const: float = 0.01
     kappa: float = 0.0
     abort_early: bool = True
-    slack: float = 0.01
+    slack: float = 0.1
 
     def __post_init__(self) -> None:
         refuse_below(self.name, steps=(self.steps, 1), searches=(self.searches, 1), kappa=(self.kappa, 0.0))
@@ -118,18 +118,19 @@ class CW(Attack[CWState]):
             problem = _Confident(
                 **{entry.name: getattr(problem, entry.name) for entry in fields(Problem)}, kappa=self.kappa
             )
-        logits, value, gradient = problem.gradient(state.x, "margin")
+        _, value, gradient = problem.gradient(state.x, "margin")
         short = (self.kappa - value).clamp_(min=0.0)
         offset = state.x - problem.x
-        state = replace(state, broke=state.broke | problem.is_adversarial(logits))
-        state, ended = self._look(state, norms(offset, "l2").square() + state.const * short)
-        weight = torch.where(short > 0, state.const, torch.zeros_like(short))
+        state.broke.logical_or_(short == 0)
+        ended = self._look(state, offset, short)
+        weight = state.const.masked_fill(short == 0, 0.0)
         slope = offset.mul_(2.0).sub_(gradient * per_sample(weight, gradient))
         self._descend(state, slope.mul_(1.0 - state.curve.square()))
-        state = self._begin(problem, state, ended)
-        curve = torch.tanh(state.point)
-        x = (0.5 + curve * (0.5 * (1.0 + self.slack))).clamp_(0.0, 1.0)
-        return replace(state, x=x, curve=curve, done=(state.search >= self.searches) | stuck(problem))
+        if bool(ended.any()):
+            state = self._begin(problem, state, ended)
+        torch.tanh(state.point, out=state.curve)
+        x = torch.add(0.5, state.curve, alpha=0.5 * (1.0 + self.slack)).clamp_(0.0, 1.0)
+        return replace(state, x=x, done=(state.search >= self.searches) | stuck(problem))
 
     def finish(self, problem: Problem, state: CWState) -> None:
         """Do nothing: every row has spent its iterations."""
@@ -137,31 +138,29 @@ class CW(Attack[CWState]):
     def _enter(self, x: Tensor) -> Tensor:
         return torch.atanh((2.0 * x - 1.0) / (1.0 + self.slack))
 
-    def _look(self, state: CWState, objective: Tensor) -> tuple[CWState, Tensor]:
-        """Return the state after the count and the rows whose search ends here."""
-        ended = state.count + 1 >= self.steps
-        every = max(1, self.steps // 10)
-        if self.abort_early:
-            looking = state.count % every == 0
-            ended = ended | (looking & (objective > 0.9999 * state.before))
-            state = replace(state, before=torch.where(looking, objective, state.before))
-        return replace(state, count=state.count + 1), ended
+    def _look(self, state: CWState, offset: Tensor, short: Tensor) -> Tensor:
+        """Count the iteration, in place, and return the rows whose search ends with it."""
+        looking = state.count % max(1, self.steps // 10) == 0 if self.abort_early else None
+        state.count += 1
+        ended = state.count >= self.steps
+        if looking is not None and bool(looking.any()):
+            objective = norms(offset, "l2").square() + state.const * short
+            ended |= looking & (objective > 0.9999 * state.before)
+            state.before = torch.where(looking, objective, state.before)
+        return ended
 
     def _descend(self, state: CWState, slope: Tensor) -> None:
         """Take Adam's step in place (Kingma and Ba, ICLR 2015), the bias corrected by each row's own count."""
         fade, fade_square, tiny = _ADAM
-        count = state.count.to(slope.dtype)
         state.mean.mul_(fade).add_(slope, alpha=1.0 - fade)
         state.square.mul_(fade_square).addcmul_(slope, slope, value=1.0 - fade_square)
-        rate = self.lr * (1.0 - fade_square**count).sqrt() / (1.0 - fade**count)
-        floor = tiny * (1.0 - fade_square**count).sqrt()
-        state.point.addcdiv_(state.mean * per_sample(-rate, slope), state.square.sqrt().add_(per_sample(floor, slope)))
+        full = (1.0 - fade_square**state.count).sqrt_()
+        rate = per_sample(full * (-self.lr) / (1.0 - fade**state.count), slope)
+        state.point.addcdiv_(state.mean * rate, state.square.sqrt().add_(per_sample(tiny * full, slope)))
 
     def _begin(self, problem: Problem, state: CWState, ended: Tensor) -> CWState:
         """Halve or widen the bracket of the rows whose search ended and send them back to the start."""
         rows = ended.nonzero().squeeze(1)
-        if not rows.numel():
-            return state
         low = torch.where(ended & ~state.broke, torch.maximum(state.low, state.const), state.low)
         high = torch.where(ended & state.broke, torch.minimum(state.high, state.const), state.high)
         bounded = high < _UNBOUNDED
