@@ -14,7 +14,7 @@ from maodun.attacks.recipes import AutoAttack
 from maodun.attacks.registry import build_attack
 from maodun.attacks.sharp import Lane, Round, Sharp, SharpCandidates, SharpState
 from maodun.core.engine import Candidates
-from maodun.core.errors import InputError
+from maodun.core.errors import InputError, UnsupportedError
 from maodun.core.oracle import Budget, Oracle
 from maodun.core.problem import Problem
 from maodun.core.status import Status
@@ -59,7 +59,7 @@ def _equal(a: Candidates, b: Candidates) -> None:
     assert torch.equal(a.forwards, b.forwards) and torch.equal(a.backwards, b.backwards)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("classes", [2, 5])
 def test_on_a_linear_model_it_fells_exactly_those_within_reach(norm: str, rank: int, classes: int):
@@ -84,10 +84,10 @@ def test_a_curved_boundary_is_found_at_the_distance_it_has():
     assert torch.equal(found[(reach - 0.25).abs() > 0.005], (reach < 0.25)[(reach - 0.25).abs() > 0.005])
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_what_it_returns_fools_the_model_inside_the_ball(norm: str):
     model, x, y = _net()
-    threat = Threat(norm, {"linf": 0.1, "l2": 0.3, "l1": 0.8}[norm])
+    threat = Threat(norm, {"linf": 0.1, "l2": 0.3}[norm])
     found = Short(audit=0.0).run(Oracle(model), x, y, threat)
     won = found.status == int(Status.found)
     verdict = judge(model, found.x_adv, x, y, threat, rule=Rule("single"))
@@ -136,23 +136,18 @@ def test_who_goes_on_depends_on_what_is_missing_what_was_moved_and_what_the_grad
     assert attack.hopeful(replace(plan, keep=float("inf")), state).all()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_promise_is_what_a_linear_function_can_gain_in_the_ball(norm: str):
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_promise_covers_what_a_linear_function_can_gain_and_ends_where_nothing_is_left(norm: str):
     model = linear(2)
     x, y = samples(model, 20)
-    threat = Threat(norm, {"linf": 0.05, "l2": 0.2, "l1": 0.25}[norm])
+    threat = Threat(norm, {"linf": 0.05, "l2": 0.2}[norm])
     gradient = ((model.weight[1 - y] - model.weight[y]).reshape(x.shape)).detach()
     start = threat.random_start(x, Stream(0, "start"), torch.arange(20))
-    gain = promise(threat, gradient, start, x)
-    aim = threat.project(x + 1e3 * gradient, x) if norm != "l1" else x + 0.25 * _largest(gradient)
-    assert torch.allclose(gain, (gradient * (aim - start)).flatten(1).sum(1), atol=1e-3)
-    assert torch.allclose(promise(threat, gradient, aim, x), torch.zeros(20), atol=1e-3)
-
-
-def _largest(gradient: Tensor) -> Tensor:
-    flat = gradient.flatten(1)
-    place = flat.abs().argmax(1, keepdim=True)
-    return torch.zeros_like(flat).scatter_(1, place, flat.gather(1, place).sign()).reshape(gradient.shape)
+    aim = threat.project(x + 1e3 * gradient, x)
+    most, gain = promise(threat, gradient, start, x), (gradient * (aim - start)).flatten(1).sum(1)
+    assert bool((most >= gain - 1e-4).all())
+    assert norm == "l2" or torch.allclose(most, gain, atol=1e-4)
+    assert bool((promise(threat, gradient, aim, x) <= 0.01 * gain).all())
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
@@ -254,10 +249,10 @@ def test_radius_zero_and_infinite_radius():
     assert bool(QUIET.run(Oracle(model), x, y, Threat("linf")).found.all())
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_best_point_of_a_run_is_inside_the_ball_and_no_success_is_lost(norm: str):
     model, x, y = _net()
-    threat = Threat(norm, {"linf": 0.1, "l2": 0.3, "l1": 0.8}[norm])
+    threat = Threat(norm, {"linf": 0.1, "l2": 0.3}[norm])
     points: list[tuple[Tensor, Tensor]] = []
 
     @dataclass(frozen=True, kw_only=True)
@@ -292,6 +287,12 @@ def test_a_run_ends_inside_the_ball_though_it_began_in_a_wider_one():
     attack.run(Oracle(Spy(), stochastic=False, batch_size=64), x, y, Threat("linf", 1e-4), check_model=False)
     radii = torch.stack(seen[1:22]) / 1e-4
     assert float(radii[1:9].max()) > 1.1 and float(radii[11:].max()) < 1.01
+
+
+def test_l1_is_refused_in_favour_of_autoattack():
+    model, x, y = _net(4)
+    with pytest.raises(UnsupportedError, match="l1"):
+        Sharp().run(Oracle(model), x, y, Threat("l1", 1.0))
 
 
 @pytest.mark.parametrize("options", [{"audit": 1.5}, {"audit": -0.1}, {"patience": -1.0}, {"widen": float("nan")}])

@@ -88,7 +88,7 @@ ROUNDS = (
     Round(50, (_CE, *_towards(0, 1, 2, 3)), keep=0.5, need=0.4),
     Round(80, (_CE, _CE_BEST, *_towards(0, 1)), keep=0.3, need=0.6),
     Round(80, (_CE, _CE_BEST, *_towards(0, 2)), keep=0.3, need=0.8),
-    Round(queries=2500),
+    Round(queries=1500),
 )
 """The search, measured on models and images other than those reported (docs/attacks/sharp.md)."""
 
@@ -128,13 +128,14 @@ class SharpState(State):
 class Sharp(Attack[SharpState]):
     """Short runs for all, long ones for the few that are close, and an audit of those given up (own recipe).
 
-    Inputs N x ..., values in [0, 1]; linf, l2, l1; targeted too. `patience` scales the rule by which samples go on (2
+    Inputs N x ..., values in [0, 1]; linf, l2; targeted too. `patience` scales the rule by which samples go on (2
     keeps those twice as far away). `audit` is the share of given-up samples, drawn by sample id, on which the full
     AutoAttack runs; 0 leaves it out. `widen` is the share of eps by which the ball is larger when a run begins.
     Costs 32 forwards and 32 backwards for every robust sample at least; the rest depends on how close samples are.
     """
 
     name: ClassVar[str] = "sharp"
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
 
     patience: float = 1.0
     audit: float = 0.05

@@ -3,7 +3,8 @@
 An adaptive step size (Auto-PGD) needs tens of steps to find its scale. A run that is told to be over after twenty
 steps does better with a fixed schedule: steps of 2 eps that fall to zero along a half cosine. The ball starts a little
 wider than allowed and has shrunk to the allowed one half-way: behind a plateau there is often a slope just outside.
-Compare Liu et al. (CVPR 2022), whose runs are short too, and the larger balls of Croce and Hein (ICML 2021) in l1.
+Compare Liu et al. (CVPR 2022), whose runs are short too, and the larger balls of Croce and Hein (ICML 2021) in l1. For
+l1 itself this is too blunt (steps must be sparse, and how sparse must adapt), so linf and l2 only.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from maodun.core.problem import Problem
 from maodun.core.threat import Threat
 
 _MOMENTUM = 0.75
-_FIRST_STEP = {"linf": 2.0, "l2": 2.0, "l1": 1.0}
+_FIRST_STEP = 2.0
 _SATURATION = 8.0
+_ALONG_SPHERE = 0.4
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Sweep(State):
         origin, threat = self.view.x, self.view.threat
         ball = threat.with_eps(threat.eps * (1.0 + self._excess(self.taken)))
         pace = 0.5 * (1.0 + math.cos(math.pi * self.taken / self.steps))
-        size = _FIRST_STEP[threat.norm] * threat.eps * pace
+        size = _FIRST_STEP * threat.eps * pace
         aim = ball.project(self.x + size * threat.steepest(gradient, self.x), origin)
         if self.taken == 0:
             return aim
@@ -137,10 +139,11 @@ def sweep(
 
 
 def promise(threat: Threat, gradient: Tensor, x_adv: Tensor, x: Tensor) -> Tensor:
-    """Return (N,) the most a function with `gradient` at `x_adv` could gain inside the ball if it were linear.
+    """Return (N,) what a function with `gradient` at `x_adv` may still gain inside the ball, if it is nearly linear.
 
-    This is the Frank-Wolfe gap: exact for linf cut by the box, an upper bound for l2 and l1, where the box only rules
-    out entries that stand at the wall they are pushed to. For a concave function no ascent can gain more.
+    linf: the Frank-Wolfe gap in the ball cut by the box, the most it could gain if it were linear; no ascent gains more
+    if it is concave. l2: the gap is quadratic in the angle between gradient and perturbation, too small to tell an
+    unfinished run from a finished one, so a share of the gradient along the sphere counts instead where that is more.
     """
     if threat.norm == "linf":
         low, high = (x - threat.eps).clamp_(min=0.0), (x + threat.eps).clamp_(max=1.0)
@@ -148,4 +151,6 @@ def promise(threat: Threat, gradient: Tensor, x_adv: Tensor, x: Tensor) -> Tenso
     stuck = ((gradient > 0) & (x_adv >= 1.0)) | ((gradient < 0) & (x_adv <= 0.0))
     free = torch.where(stuck, torch.zeros_like(gradient), gradient)
     already = (free * (x_adv - x)).flatten(1).sum(1)
-    return threat.eps * geometry.norms(free, "l2" if threat.norm == "l2" else "linf") - already
+    most = threat.eps * geometry.norms(free, "l2")
+    cosine = (already / most.clamp(min=geometry.TINY)).clamp(-1.0, 1.0)
+    return most * torch.maximum(1.0 - cosine, _ALONG_SPHERE * (1.0 - cosine * cosine).sqrt())
