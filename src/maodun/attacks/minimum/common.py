@@ -47,6 +47,17 @@ def found(problem: Problem) -> Tensor:
     return problem.ledger.status[problem.rows] == int(Status.found)
 
 
+def succeeded(problem: Problem, x: Tensor, logits: Tensor) -> Tensor:
+    """Return (N,) booleans: the points `x` (N x ...), just looked at with `logits`, fool the model.
+
+    With a stochastic model a point nearer than every confirmed candidate was luck: fresh draws have refused it.
+    """
+    fooled = problem.is_adversarial(logits)
+    if problem.session.stochastic:
+        fooled &= problem.ledger.distance[problem.rows] <= problem.threat.distance(x, problem.x) * (1.0 + 1e-6)
+    return fooled
+
+
 def stuck(problem: Problem) -> Tensor:
     """Return (N,) booleans: no gradient asked for the row so far had a single entry that is not zero."""
     return problem.ledger.flat[problem.rows]

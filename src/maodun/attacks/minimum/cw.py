@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maodun.attacks.minimum.common import refuse_below, stuck
+from maodun.attacks.minimum.common import refuse_below, stuck, succeeded
 from maodun.core.engine import Attack, State
 from maodun.core.errors import InputError
 from maodun.core.geometry import norms, per_sample
@@ -118,10 +118,10 @@ class CW(Attack[CWState]):
             problem = _Confident(
                 **{entry.name: getattr(problem, entry.name) for entry in fields(Problem)}, kappa=self.kappa
             )
-        _, value, gradient = problem.gradient(state.x, "margin")
+        logits, value, gradient = problem.gradient(state.x, "margin")
         short = (self.kappa - value).clamp_(min=0.0)
         offset = state.x - problem.x
-        state.broke.logical_or_(short == 0)
+        state.broke.logical_or_(succeeded(problem, state.x, logits) if problem.session.stochastic else short == 0)
         ended = self._look(state, offset, short)
         weight = state.const.masked_fill(short == 0, 0.0)
         slope = offset.mul_(2.0).sub_(gradient * per_sample(weight, gradient))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maodun.attacks.minimum.common import corner_distance, cosine, refuse_below, stuck
+from maodun.attacks.minimum.common import corner_distance, cosine, refuse_below, stuck, succeeded
 from maodun.core.engine import Attack, State
 from maodun.core.geometry import norms, per_sample, unit_l2
 from maodun.core.problem import Problem
@@ -75,7 +75,7 @@ class DDN(Attack[DDNState]):
     def step(self, problem: Problem, state: DDNState) -> DDNState:
         """Turn the direction by a gradient step, change the radius by what was seen, and set the length to it."""
         logits, _, gradient = problem.gradient(state.x, log_odds)
-        success = problem.is_adversarial(logits)
+        success = succeeded(problem, state.x, logits)
         delta = unit_l2(gradient).mul_(cosine(state.step, self.steps, 1.0, 0.01)).add_(state.x - problem.x)
         radius = torch.where(success, state.radius * (1.0 - self.gamma), state.radius * (1.0 + self.gamma))
         radius = torch.minimum(radius, state.limit)

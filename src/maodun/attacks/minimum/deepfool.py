@@ -11,7 +11,6 @@ from torch import Tensor
 from maodun.attacks.minimum.common import dual_length, found, refuse_below
 from maodun.core.engine import Attack, State
 from maodun.core.geometry import per_sample
-from maodun.core.losses import margin
 from maodun.core.problem import Problem
 
 _PLAIN_STEPS = 2
@@ -121,8 +120,10 @@ class DeepFool(Attack[DeepFoolState]):
         if not rows.numel():
             return
         problem, (start, end) = problem.select(rows), (ends[0][rows], ends[1][rows])
-        below, above = (margin(each[rows], problem.y) for each in logits)
-        crossing = (below / (below - above)).nan_to_num(1.0).clamp_(0.0, 1.0)
+        own = problem.y.unsqueeze(1)
+        below, above = (each[rows] - each[rows].gather(1, own) for each in logits)
+        # Of the classes that overtake the own one on the way, the first to do so.
+        crossing = torch.where(above > 0, below / (below - above), 1.0).nan_to_num(1.0).clamp_(0.0, 1.0).amin(1)
         here = crossing + _BEYOND * (1.0 - crossing)
         problem.logits(torch.lerp(start, end, per_sample(here, start)))
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maodun.attacks.minimum.common import dual_length, refuse_below, stuck
+from maodun.attacks.minimum.common import dual_length, refuse_below, stuck, succeeded
 from maodun.attacks.minimum.hyperplane import reach
 from maodun.core.engine import Attack, State
 from maodun.core.errors import InputError
@@ -95,7 +95,7 @@ class FAB(Attack[FABState]):
         _, values, gradients = wide.values_and_gradients(x, self._heads(wide, state))
         value, normal = _nearest(values, gradients, problem.threat.norm)
         x = self._blend(x, clean, value, normal, problem.threat.norm)
-        success = wide.is_adversarial(wide.logits(x))
+        success = succeeded(wide, x, wide.logits(x))
         x = torch.where(per_sample(success.to(x.dtype), x) > 0, clean + (x - clean) * self.beta, x)
         state = replace(state, x=x.reshape(state.x.shape), step=state.step + 1)
         # A model without gradients gives no run a direction: each is left after one look.

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maodun.attacks.minimum.common import corner_distance, cosine, dual_length, refuse_below, stuck
+from maodun.attacks.minimum.common import corner_distance, cosine, dual_length, refuse_below, stuck, succeeded
 from maodun.core.engine import Attack, State
 from maodun.core.geometry import PROJECTIONS, unit_l2
 from maodun.core.problem import Problem
@@ -66,7 +66,7 @@ class FMN(Attack[FMNState]):
         """Adapt the radius to what is seen here, step along the gradient and come back into the ball and the box."""
         norm = problem.threat.norm
         logits, value, gradient = problem.gradient(state.x, "margin")
-        success = problem.is_adversarial(logits)
+        success = succeeded(problem, state.x, logits)
         length = problem.threat.distance(state.x, problem.x)
         best = torch.where(success, torch.minimum(state.best, length), state.best)
         broke = state.broke | success

@@ -30,8 +30,8 @@ def reach(points: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Tensor:
 def _together(room: Tensor, weight: Tensor, speed: Tensor, need: Tensor) -> Tensor:
     """Return min(t * speed, room) with weight . min(t * speed, room) = need, or the room where it does not suffice."""
     gain, stock = weight * speed, weight * room
-    slope = gain.sum(-1).expand_as(need)
-    time = need / slope.clamp(min=torch.finfo(need.dtype).tiny)
+    tiny, most = torch.finfo(need.dtype).tiny, torch.finfo(need.dtype).max
+    time = (need / gain.sum(-1).clamp(min=tiny)).clamp_(max=most)
     pace = torch.minimum(time.unsqueeze(-1) * speed, room)
     stopped = torch.zeros_like(need)
     while True:
@@ -41,9 +41,9 @@ def _together(room: Tensor, weight: Tensor, speed: Tensor, need: Tensor) -> Tens
             return pace
         stopped = count
         left = need - (halted * stock).sum(-1)
-        free = slope - (halted * gain).sum(-1)
-        # Rounding leaves a crumb of slope where every entry has halted; the floor keeps the time finite.
-        time = torch.maximum(time, left / free.clamp(min=1e-6 * slope.clamp(min=torch.finfo(need.dtype).tiny)))
+        # Summed afresh: a difference of sums would leave a crumb of rounding where every entry has halted.
+        free = ((1.0 - halted) * gain).sum(-1)
+        time = torch.maximum(time, left / free.clamp(min=tiny)).clamp_(max=most)
         pace = torch.minimum(time.unsqueeze(-1) * speed, room)
 
 
