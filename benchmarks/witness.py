@@ -1,7 +1,7 @@
 """`python -m benchmarks.witness`: published numbers on nets we did not train, and `sharp` beside `standard`.
 
-Work is cut into chunks of 100 images, one JSON file per (model, eps, attack, chunk); a run can be stopped at any moment
-and continued, and `--summary` prints what is there. `sharp` and `standard` of a chunk run one after the other, in
+Work is cut into chunks (500 images, 100 where one takes minutes), one JSON file per (model, eps, attack, chunk); a run can
+be stopped at any moment and continued, and `--summary` prints what is there. `sharp` and `standard` of a chunk run one after the other, in
 an order that alternates, so that their time ratio is paired.
 """
 
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from benchmarks.scoring import score
 from benchmarks.subjects import load
 
 RESULTS = Path(__file__).parent / "results" / "witness"
-CHUNK = 100
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,19 @@ class Trial:
     attacks: tuple[str, ...]
     n: int = 1000
     expected: str = ""
+    chunk: int = 500
+
+    @property
+    def chunks(self) -> range:
+        """The numbers of its chunks."""
+        return range(-(-self.n // self.chunk))
 
 
 PLAN: tuple[Trial, ...] = (
     Trial("resnet4b", "4/255", ("pgd20", "sharp", "standard"), expected="PGD-20 at most .452"),
     Trial("resnet4b", "8/255", ("pgd20", "sharp", "standard"), expected="PGD-20 at most .157"),
     Trial("resnet56", "8/255", ("pgd20", "sharp", "standard"), expected="0"),
-    Trial("trades-mnist", "0.3", ("sharp", "standard"), expected="standard about .928"),
+    Trial("trades-mnist", "0.3", ("sharp", "standard"), expected="standard about .928", chunk=100),
     Trial("digits-cnn-at", "0.15", ("sharp", "standard")),
     Trial("digits-cnn", "0.15", ("sharp", "standard")),
     Trial("cifar10-resnet8-at", "8/255", ("sharp", "standard")),
@@ -78,11 +83,12 @@ def path_of(folder: Path, model: str, eps: str, attack: str, chunk: int) -> Path
     return folder / safe / attack.replace(" ", "-") / f"chunk-{chunk:03d}.json"
 
 
-def run_chunk(model: str, eps: str, attack: str, chunk: int, n: int, seed: int) -> dict[str, Any]:
-    """Attack images [chunk * 100, ...) of the test split and return what is stored."""
+def run_chunk(trial: Trial, attack: str, chunk: int, seed: int) -> dict[str, Any]:
+    """Attack the images of one chunk of the test split and return what is stored."""
     from benchmarks.contenders import ours, peer
 
-    batch = load(model, min(CHUNK, n - chunk * CHUNK), offset=chunk * CHUNK)
+    model, eps, first = trial.model, trial.eps, chunk * trial.chunk
+    batch = load(model, min(trial.chunk, trial.n - first), offset=first)
     job = Job(batch.model, batch.x, batch.y, "linf", float(Fraction(eps)), batch.classes, seed)
     reset(batch.model, seed)
     prepare = peer("torchattacks", "standard") if attack == "torchattacks" else ours(*ATTACKS[attack])
@@ -104,7 +110,7 @@ def run_chunk(model: str, eps: str, attack: str, chunk: int, n: int, seed: int) 
 
 def stored(folder: Path, trial: Trial, attack: str) -> list[dict[str, Any]]:
     """The finished chunks of one attack on one subject, in order."""
-    found = [path_of(folder, trial.model, trial.eps, attack, c) for c in range(-(-trial.n // CHUNK))]
+    found = [path_of(folder, trial.model, trial.eps, attack, c) for c in trial.chunks]
     return [json.loads(p.read_text()) for p in found if p.exists()]
 
 
@@ -165,7 +171,7 @@ def chosen(options: argparse.Namespace) -> tuple[Trial, ...]:
     models = options.model.split(",") if options.model else None
     attacks = tuple(options.attack.split(",")) if options.attack else None
     return tuple(
-        Trial(t.model, t.eps, attacks or t.attacks, options.n or t.n, t.expected)
+        replace(t, attacks=attacks or t.attacks, n=options.n or t.n)
         for t in PLAN
         if models is None or t.model in models
     )
@@ -174,14 +180,14 @@ def chosen(options: argparse.Namespace) -> tuple[Trial, ...]:
 def work(trials: tuple[Trial, ...], options: argparse.Namespace, progress: Console) -> None:
     """Run every chunk that is not stored yet; a chunk file appears whole or not at all."""
     for trial in trials:
-        for chunk in range(-(-trial.n // CHUNK)):
+        for chunk in trial.chunks:
             order = trial.attacks if chunk % 2 == 0 else trial.attacks[::-1]
             for attack in order:
                 path = path_of(options.out, trial.model, trial.eps, attack, chunk)
                 if path.exists() and not options.again:
                     continue
                 try:
-                    result = run_chunk(trial.model, trial.eps, attack, chunk, trial.n, options.seed)
+                    result = run_chunk(trial, attack, chunk, options.seed)
                 except LookupError as error:
                     progress.print(f"{trial.model} {attack}: skipped: {error}", highlight=False)
                     continue
