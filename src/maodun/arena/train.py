@@ -109,6 +109,7 @@ class _Run:
         return self.folder / f"{self.recipe.name}.{phase}.ckpt"
 
     def all_phases(self) -> tuple[nn.Module, FitReport]:
+        """Train what the objective needs, a teacher before its student, and return the last model and its report."""
         spec, seed = self.recipe.objective, self.recipe.seed
         if spec.kind == "distillation":
             teacher, _ = self.phase("teacher", Distillation(spec.temperature), seed)
@@ -122,6 +123,7 @@ class _Run:
         return self.phase("model", AdversarialTraining(inner, spec.smoothing), seed)
 
     def phase(self, name: str, objective: Objective, seed: int) -> tuple[nn.Module, FitReport]:
+        """Train one model with `objective`, from its checkpoint where there is one."""
         recipe, checkpoint = self.recipe, self.checkpoint(name)
         if not self.resume:
             checkpoint.unlink(missing_ok=True)

@@ -199,10 +199,12 @@ class _Tally:
         self.forwards, self.backwards, self.queries = (torch.zeros_like(self.winner) for _ in range(3))
 
     def standing(self) -> Tensor:
+        """Return the rows that no member has broken yet."""
         over = (self.status == int(Status.found)) | (self.status == int(Status.skipped_misclassified))
         return (~over).nonzero().squeeze(1)
 
     def add(self, place: int, index: Tensor, found: Candidates, inside: Tensor, access: str) -> None:
+        """Enter what the member at `place` found and spent on the rows `index`."""
         self.forwards[index] += found.forwards
         self.backwards[index] += found.backwards
         self.queries[index] += found.queries
@@ -222,6 +224,7 @@ class _Tally:
     def candidates(
         self, threat: Threat, x: Tensor, members: list[str], notes: list[str], seconds: float
     ) -> AutoAttackCandidates:
+        """Return the account as the recipe's candidates."""
         distance = threat.distance(self.x_adv, x) if x.shape[0] else torch.zeros(0, device=x.device)
         return AutoAttackCandidates(
             self.x_adv, distance, self.status, self.forwards, self.backwards, self.queries, seconds, self.clean_logits,
