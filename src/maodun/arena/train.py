@@ -37,6 +37,7 @@ from maodun.defenses.training import (
 )
 from maodun.zoo.architectures import build_architecture
 from maodun.zoo.cards import Measured, ModelCard, file_sha256
+from maodun.zoo.checkpoints import apply_weights, read_weights
 from maodun.zoo.data import load_data
 
 Line = dict[str, float | str]
@@ -77,7 +78,9 @@ def train(
     run = _Run(described, folder, data.x[kept], data.y[kept], data.x[held], data.y[held], on_epoch, resume)
     model, report = run.all_phases()
     weights = folder / f"{described.name}.safetensors"
-    _save(model, weights)
+    _save(model, weights, torch.float16 if described.weights == "float16" else torch.float32)
+    # What is measured must be what the file holds.
+    apply_weights(model, read_weights(weights), f"weights '{weights}'")
     card = _card(described, model, weights, recipe)
     card_file = folder / f"{described.name}.yaml"
     _write(
@@ -178,7 +181,7 @@ def _card(recipe: TrainRecipe, model: nn.Module, weights: Path, source: object) 
         measured.append(_number(f"robust accuracy, {threat}, {attack!r}", robust, recipe.seed, command))
     return ModelCard(
         name=recipe.name,
-        kind="shipped",
+        kind=recipe.card.kind,
         architecture=recipe.architecture,
         options=recipe.options,
         weights=weights.name,
@@ -205,10 +208,11 @@ def _number(metric: str, share: Interval, seed: int, command: str) -> Measured:
     )
 
 
-def _save(model: nn.Module, path: Path) -> None:
+def _save(model: nn.Module, path: Path, kind: torch.dtype) -> None:
     from safetensors.torch import save
 
-    _write(path, save({name: value.contiguous() for name, value in model.state_dict().items()}))
+    state = {name: value.to(kind) if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    _write(path, save({name: value.contiguous() for name, value in state.items()}))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -72,8 +72,9 @@ class FitSpec(_Part):
 
 
 class CardSpec(_Part):
-    """What the model card says beyond what the recipe and the measurements say."""
+    """What the model card says beyond what the recipe and the measurements say; `kind` is where the weights lie."""
 
+    kind: Literal["shipped", "checkout"] = "shipped"
     summary: str
     provenance: str
     licence: str = "MIT"
@@ -91,7 +92,8 @@ class TrainRecipe(_Part):
     """A whole training run; equal recipes give equal weights on the same machine with the same number of threads.
 
     The epoch is chosen on samples held out of the training split: by robust accuracy against `select` when given, by
-    clean accuracy otherwise. The test split is only measured at the end.
+    clean accuracy otherwise. The test split is only measured at the end. `weights` float16 rounds the finished weights
+    to half precision, halving the file; what is measured is the rounded model.
     """
 
     name: str
@@ -104,6 +106,7 @@ class TrainRecipe(_Part):
     augment: AugmentSpec = AugmentSpec()
     fit: FitSpec = FitSpec()
     measure: MeasureSpec = MeasureSpec()
+    weights: Literal["float32", "float16"] = "float32"
     card: CardSpec
 
 

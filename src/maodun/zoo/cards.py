@@ -35,7 +35,8 @@ class Measured(BaseModel):
 class ModelCard(BaseModel):
     """One entry of the zoo.
 
-    `kind` is "shipped" (weights in the package) or "witness" (weights under $MAODUN_DATA/weights, trained by others).
+    `kind` is "shipped" (weights in the package), "checkout" (weights in the folder weights/ of the repository, which an
+    installed package does not have) or "witness" (weights under $MAODUN_DATA/weights, trained by others).
     `weights` is the file's name and `sha256` its hash; `options` are arguments of the `architecture`; `data` the data
     set it belongs to; `recipe` the training recipe that remakes it; `measured` what was found with this software and
     `published` what others reported.
@@ -44,7 +45,7 @@ class ModelCard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    kind: Literal["shipped", "witness"]
+    kind: Literal["shipped", "checkout", "witness"]
     summary: str
     architecture: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -61,7 +62,7 @@ class ModelCard(BaseModel):
     @property
     def spec(self) -> str:
         """The text that load_model takes: zoo:NAME or witness:NAME."""
-        return f"{'zoo' if self.kind == 'shipped' else 'witness'}:{self.name}"
+        return f"{'witness' if self.kind == 'witness' else 'zoo'}:{self.name}"
 
     @property
     def available(self) -> bool:
@@ -70,11 +71,20 @@ class ModelCard(BaseModel):
         return path is not None and path.is_file()
 
     def path(self) -> Path | None:
-        """Return where the weights are, or None for a witness while MAODUN_DATA is unset."""
+        """Return where the weights are; None for a witness without MAODUN_DATA, and for "checkout" outside one."""
         if self.kind == "shipped":
             return Path(str(resources.files("maodun.zoo") / "weights" / self.weights))
+        if self.kind == "checkout":
+            home = checkout()
+            return None if home is None else home / "weights" / self.weights
         root = os.environ.get("MAODUN_DATA")
         return Path(root).expanduser() / "weights" / self.weights if root else None
+
+
+def checkout() -> Path | None:
+    """Return the root of the repository this package is imported from, None when it is installed elsewhere."""
+    root = Path(__file__).resolve().parents[3]
+    return root if (root / "pyproject.toml").is_file() and (root / "src" / "maodun").is_dir() else None
 
 
 @cache

@@ -41,8 +41,9 @@ class LoadedModel:
 def load_model(spec: str, *, weights: str | None = None, options: Mapping[str, Any] | None = None) -> LoadedModel:
     """Return the model that `spec` names.
 
-    Specs: `zoo:NAME` (a shipped model, or an architecture when `weights` are given) · `witness:NAME` (published weights
-    under $MAODUN_DATA/weights) · `package.module:factory` or `file.py:factory` · `torchscript:FILE` · `exported:FILE` ·
+    Specs: `zoo:NAME` (a model of the package or its checkout, or an architecture when `weights` are given) ·
+    `witness:NAME` (published weights under $MAODUN_DATA/weights) ·
+    `package.module:factory` or `file.py:factory` · `torchscript:FILE` · `exported:FILE` ·
     `torchvision:NAME`, `timm:NAME`, `transformers:ID_OR_DIR` (when installed).
     `weights` is a .safetensors file or a checkpoint that reads with weights_only; `options` are keyword arguments of
     the architecture or factory. Errors: InputError naming what is wrong: unknown names, missing files, files that
@@ -95,6 +96,12 @@ def _from_zoo(kind: str, name: str, spec: str, weights: str | None, options: dic
 def _weights_of(card: ModelCard, spec: str) -> Path:
     """Return the card's file after comparing its hash."""
     path = card.path()
+    if path is None and card.kind == "checkout":
+        raise InputError(
+            f"model '{spec}'",
+            "its weights lie in the repository's folder weights/, and this package is installed without it",
+            f"install from a checkout (pip install -e .), or train them: maodun train {card.recipe}",
+        )
     if path is None:
         raise InputError(
             f"model '{spec}'",

@@ -11,6 +11,7 @@ from torch import nn
 
 from maodun.core.errors import InputError, nearest
 from maodun.zoo.architectures.digits_cnn import DigitsCNN
+from maodun.zoo.architectures.families import CCT, VGG, ConvMixer, DenseNet, Inception, MobileNet
 from maodun.zoo.architectures.preact_resnet import PreActResNet, preact_resnet18, small_preact_resnet
 from maodun.zoo.architectures.wide_resnet import WideResNet
 from maodun.zoo.architectures.witnesses import ResNet4b, ResNetOptionA, TradesMnistCNN
@@ -24,6 +25,12 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "trades-mnist-cnn": TradesMnistCNN,
     "resnet4b": ResNet4b,
     "resnet56": ResNetOptionA,
+    "vgg-small": VGG,
+    "inception-small": Inception,
+    "densenet-small": DenseNet,
+    "mobilenet-small": MobileNet,
+    "cct-small": CCT,
+    "convmixer-small": ConvMixer,
 }
 
 
@@ -63,7 +70,13 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 __all__ = [
     "ARCHITECTURES",
+    "CCT",
+    "VGG",
+    "ConvMixer",
+    "DenseNet",
     "DigitsCNN",
+    "Inception",
+    "MobileNet",
     "PreActResNet",
     "ResNet4b",
     "ResNetOptionA",
