@@ -227,9 +227,7 @@ class Attack(Generic[S]):
                     self.finish(problem, state)
                     done += 1
             except BudgetExceededError as spent:
-                problem.ledger.finished[spent.rows] = True
-                unfound = spent.rows[problem.ledger.status[spent.rows] == int(Status.exhausted_steps)]
-                problem.ledger.status[unfound] = int(Status.exhausted_budget)
+                problem.ledger.retire(spent.rows)
             if progress is not None:
                 progress(self.name, min(done, steps), steps, len(problem))
             version = problem.ledger.finished._version

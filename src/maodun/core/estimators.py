@@ -26,6 +26,7 @@ class Port(Protocol):
     """What an estimator may do with the model for one micro-batch."""
 
     model: nn.Module
+    batch_size: int
 
     def forward(self, x: Tensor, index: Tensor, draws: int = 1) -> Tensor:
         """Return float32 logits of `x` for rows `index`; counts one forward per row (rows repeat `draws` times)."""
@@ -167,22 +168,40 @@ class _FiniteDifferences:
     def _directions(self, stream: Stream, ids: Tensor, shape: tuple[int, ...], step: Tensor) -> Tensor:
         raise NotImplementedError("a subclass draws the directions")
 
+    @property
+    def pairs(self) -> int:
+        """The antithetic pairs of one estimate."""
+        return max(1, self.samples // 2)
+
+    def _slopes(self, port: Port, x: Tensor, index: Tensor, heads: Heads, u: Tensor, ahead: int) -> Tensor:
+        """Return B x ahead x K differences between the heads at x + sigma u and x - sigma u, in one forward."""
+        step = (self.sigma * u).unflatten(0, (x.shape[0], ahead))
+        probes = torch.stack([x.unsqueeze(1) + step, x.unsqueeze(1) - step], dim=2).flatten(0, 2).clamp_(0.0, 1.0)
+        wide = index.repeat_interleave(2 * ahead)
+        values = heads(port.forward(probes, wide, 2 * ahead), wide).unflatten(0, (x.shape[0], ahead, 2))
+        return values[:, :, 0] - values[:, :, 1]
+
     def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
         """Return logits, values and gradients estimated from 2 * (samples // 2) further queries per row."""
         with torch.no_grad():
             logits = port.forward(x, index)
             values = heads(logits, index)
             grads = [torch.zeros_like(x) for _ in range(values.shape[1])]
-            pairs = max(1, self.samples // 2)
-            stream, ids = port.noise(type(self).__name__), port.ids(index)
-            for _ in range(pairs):
-                step = port.calls(index)
-                u = self._directions(stream, ids, tuple(x.shape[1:]), step).to(x)
-                up = heads(port.forward((x + self.sigma * u).clamp_(0.0, 1.0), index), index)
-                down = heads(port.forward((x - self.sigma * u).clamp_(0.0, 1.0), index), index)
-                weight = (up - down) / (2.0 * self.sigma * pairs)
-                for k, grad in enumerate(grads):
-                    grad.addcmul_(u, weight[:, k].reshape(-1, *([1] * (x.ndim - 1))))
+            stream, ids, first = port.noise(type(self).__name__), port.ids(index), port.calls(index)
+            done, pairs = 0, self.pairs
+            while done < pairs:
+                # As many pairs at once as fill a micro-batch: a few rows do not wait for as many calls as draws.
+                ahead = min(pairs - done, max(1, port.batch_size // (2 * max(1, x.shape[0]))))
+                steps = first.repeat_interleave(ahead) + 2 * torch.arange(done, done + ahead, device=x.device).repeat(
+                    x.shape[0]
+                )
+                u = self._directions(stream, ids.repeat_interleave(ahead), tuple(x.shape[1:]), steps).to(x)
+                weight = self._slopes(port, x, index, heads, u, ahead) / (2.0 * self.sigma * pairs)
+                u = u.unflatten(0, (x.shape[0], ahead))
+                for pair in range(ahead):
+                    for k, grad in enumerate(grads):
+                        grad.addcmul_(u[:, pair], weight[:, pair, k].reshape(-1, *([1] * (x.ndim - 1))))
+                done += ahead
         return logits, values, grads
 
 
@@ -195,7 +214,7 @@ class NES(_FiniteDifferences):
     """
 
     def _directions(self, stream: Stream, ids: Tensor, shape: tuple[int, ...], step: Tensor) -> Tensor:
-        return stream.normal(ids, shape, step)
+        return stream.coarse_normal(ids, shape, step)
 
 
 @dataclass(frozen=True)

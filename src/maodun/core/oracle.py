@@ -216,16 +216,26 @@ class Session:
                 parts.append(self.forward(wide, index, draws, query=True))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(x.shape[0], draws, -1)
 
-    def estimate(self, x: Tensor, rows: Tensor, heads: Heads) -> Estimate:
-        """Return logits, values (N x K) and K gradients of `heads`; `heads` gets positions into this call's rows."""
-        estimator = self.oracle.gradient
+    def affords(self, rows: Tensor, queries: int) -> Tensor | None:
+        """Return (N,) booleans: the budget of `rows` allows `queries` more; None without a limit on queries."""
+        budget = self.oracle.budget
+        limits = ((budget.queries, self.meter.queries), (budget.forwards, self.meter.forwards))
+        able = [spent[rows] + queries <= limit for limit, spent in limits if limit is not None]
+        return None if not able else torch.stack(able).all(0)
+
+    def estimate(self, x: Tensor, rows: Tensor, heads: Heads, estimator: Estimator | None = None) -> Estimate:
+        """Return logits, values (N x K) and K gradients of `heads`; `heads` gets positions into this call's rows.
+
+        `estimator` takes the place of the oracle's own (attacks that bring theirs).
+        """
+        estimator = estimator or self.oracle.gradient
         if estimator.needs == "gradient" and self.oracle.access != "gradient":
             raise InputError(
                 f"gradient by {type(estimator).__name__}",
                 f"needs gradient access while the oracle grants {self.oracle.access}",
                 "use NES() or SPSA() as gradient, or a query attack",
             )
-        port = _Offset(self, rows)
+        port = _Offset(self, rows, estimator)
         chunks = self._chunks(x.shape[0], estimator.draws)
         if len(chunks) == 1:
             return estimator.estimate(port, x, port.positions, heads)
@@ -252,10 +262,11 @@ class Session:
 class _Offset:
     """The session seen from one call: estimators index the call's rows, the session the run's."""
 
-    def __init__(self, session: Session, rows: Tensor) -> None:
+    def __init__(self, session: Session, rows: Tensor, estimator: Estimator) -> None:
         self.session, self.rows, self.model = session, rows, session.model
+        self.batch_size = session.batch_size
         self.positions = torch.arange(rows.shape[0], device=rows.device)
-        self.query = session.oracle.gradient.needs == "scores"
+        self.query = estimator.needs == "scores"
 
     def forward(self, x: Tensor, index: Tensor, draws: int = 1) -> Tensor:
         return self.session.forward(x, self._rows(index), draws, self.query)

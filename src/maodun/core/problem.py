@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from maodun.core.estimators import Heads
+from maodun.core.estimators import Estimator, Heads
 from maodun.core.geometry import per_sample
 from maodun.core.losses import LossFunction, get_loss
 from maodun.core.oracle import Session
@@ -55,12 +55,22 @@ class Ledger:
             rows = problem.rows[bad]
             self.finished[rows] = True
             self.status[rows] = int(Status.non_finite)
+        self.keep(problem, x, fooled)
+
+    def keep(self, problem: Problem, x: Tensor, fooled: Tensor) -> None:
+        """Keep the points `x` of the rows marked in `fooled` where they are the best so far."""
         hit = fooled.nonzero().squeeze(1)
         if hit.numel() and not self.minimum:
             # Inside a ball one certain success is as good as another.
             hit = hit[self.share[problem.rows[hit]] < 1.0]
         if hit.numel():
             self._keep(problem, hit, x[hit])
+
+    def retire(self, rows: Tensor) -> None:
+        """Mark row numbers whose budget is spent; they leave the search, with what they have found."""
+        self.finished[rows] = True
+        unfound = rows[self.status[rows] == int(Status.exhausted_steps)]
+        self.status[unfound] = int(Status.exhausted_budget)
 
     def _keep(self, problem: Problem, hit: Tensor, x: Tensor) -> None:
         rows = problem.rows[hit]
@@ -171,8 +181,18 @@ class Problem:
 
     def is_adversarial(self, logits: Tensor) -> Tensor:
         """Return (N,) booleans: another class than y, or the target when there is one."""
-        predicted = logits.argmax(1)
-        return predicted != self.y if self.targets is None else predicted == self.targets
+        return self.is_reached(logits.argmax(1))
+
+    def is_reached(self, labels: Tensor) -> Tensor:
+        """Return (N,) booleans: the predicted class is another than y, or the target when there is one."""
+        return labels != self.y if self.targets is None else labels == self.targets
+
+    def affords(self, queries: int = 1) -> Tensor | None:
+        """Return (N,) booleans: the row's budget allows `queries` more; None when there is no limit.
+
+        Attacks that ask several times in a step look here first: a call that one row cannot pay for is refused to all.
+        """
+        return self.session.affords(self.rows, queries)
 
     def clean(self) -> Tensor:
         """Return the logits of the unperturbed samples: those the run already has, or a query per row."""
@@ -187,17 +207,20 @@ class Problem:
     def decisions(self, x: Tensor) -> Tensor:
         """Return the predicted classes of `x` (a query per row) and note what fools the model."""
         labels = self.session.decisions(x, self.rows)
-        classes = max(int(labels.max()), int(self.y.max()), 0 if self.targets is None else int(self.targets.max())) + 1
-        self.ledger.note(self, x, torch.nn.functional.one_hot(labels, classes).float())
+        self.ledger.keep(self, x, self.is_reached(labels))
         return labels
 
     def gradient(
-        self, x: Tensor, loss: str | LossFunction, targets: Tensor | None = None
+        self,
+        x: Tensor,
+        loss: str | LossFunction,
+        targets: Tensor | None = None,
+        estimator: Estimator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (N x C), losses (N,) and the gradient of each sample's loss at `x`.
 
         `loss` is a name or a function of (logits, y, targets). `targets` overrides the problem's own, as multi-targeted
-        attacks on an untargeted goal need.
+        attacks on an untargeted goal need; `estimator` the oracle's own.
         """
         function = get_loss(loss) if isinstance(loss, str) else loss
         aims = self.targets if targets is None else targets
@@ -205,15 +228,17 @@ class Problem:
         def heads(logits: Tensor, index: Tensor) -> Tensor:
             return function(logits, self.y[index], None if aims is None else aims[index]).unsqueeze(1)
 
-        logits, values, grads = self.values_and_gradients(x, heads)
+        logits, values, grads = self.values_and_gradients(x, heads, estimator)
         return logits, values[:, 0], grads[0]
 
-    def values_and_gradients(self, x: Tensor, heads: Heads) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def values_and_gradients(
+        self, x: Tensor, heads: Heads, estimator: Estimator | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return logits, values (N x K) and K gradients of `heads(logits, index) -> (B, K)` at `x`.
 
         `index` (B,) are positions in this problem, so heads may look up per-sample tensors. One forward, K backwards.
         """
-        logits, values, grads = self.session.estimate(x, self.rows, heads)
+        logits, values, grads = self.session.estimate(x, self.rows, heads, estimator)
         self.ledger.note(self, x, logits)
         self.ledger.note_gradient(self.rows, grads)
         return logits, values, grads

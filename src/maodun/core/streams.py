@@ -7,6 +7,7 @@ vectorised over tensors; 32-bit words live in int64 because torch's unsigned ari
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
         )
         k0, k1 = (k0 + _WEYL0) & _MASK, (k1 + _WEYL1) & _MASK
     return c0, c1, c2, c3
+
+
+@functools.cache
+def _quantiles(device: torch.device) -> Tensor:
+    """The normal's quantiles at the middles of 256 equal shares, scaled to variance one."""
+    middles = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
+    values = torch.special.ndtri(middles)
+    return (values / values.square().mean().sqrt()).to(device, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,17 @@ class Stream:
         angle = 2.0 * math.pi * uniform[:, pairs:]
         draws = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count]
         return draws.to(torch.float32).reshape(-1, *shape)
+
+    def coarse_normal(self, ids: Tensor, shape: tuple[int, ...], step: int | Tensor = 0) -> Tensor:
+        """Return float32 draws of 256 equally likely values that stand for a standard normal.
+
+        Mean zero, variance one, values the normal's quantiles within +-2.9: search directions at a fifth of the price
+        of `normal`, whose tails a direction in many dimensions does not need.
+        """
+        count = math.prod(shape)
+        words = self.words(ids, (count + 3) // 4, step).to(torch.int32)
+        index = words.contiguous().view(torch.uint8)[:, :count].to(torch.int32)
+        return _quantiles(index.device).index_select(0, index.flatten()).reshape(-1, *shape)
 
     def signs(self, ids: Tensor, shape: tuple[int, ...], step: int | Tensor = 0) -> Tensor:
         """Return float32 draws of -1 or +1 with equal probability."""
