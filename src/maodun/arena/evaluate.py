@@ -20,6 +20,7 @@ from maodun.arena.recipe import Recipe, ThreatSpec, make_recipe, parse_radius
 from maodun.arena.run import run
 from maodun.arena.store import Store
 from maodun.arena.summary import RunSummary
+from maodun.attacks.artifacts import TrainedAttack
 from maodun.core.engine import Attack, Candidates, Progress
 from maodun.core.errors import InputError
 from maodun.core.oracle import Oracle
@@ -236,6 +237,8 @@ def _spears(attack: Spear | Sequence[Spear], gradient: str, eot: int) -> list[di
 
 def _options(attack: Attack[Any]) -> dict[str, Any]:
     """Return the options in which an attack differs from its class's defaults."""
+    if isinstance(attack, TrainedAttack):
+        raise InputError(f"attack '{attack.name}'", "is trained", "save_artifact(attack, PATH), and give 'file:PATH'")
     plain = type(attack)()
     return {
         entry.name: getattr(attack, entry.name)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
+from maodun.attacks import artifacts
 from maodun.core.engine import Attack
 from maodun.core.errors import InputError, nearest
 
@@ -23,6 +24,7 @@ _ROOMS = {
     "minimum.fmn": ("fmn",),
     "minimum.fab": ("fab",),
     "query.square": ("square",),
+    "query.rays": ("rays",),
     "recipes": ("autoattack", "autoattack-plus", "autoattack-rand"),
     "sharp": ("sharp",),
 }
@@ -76,12 +78,20 @@ def get_attack(name: str) -> type[Attack[Any]]:
 def build_attack(name: str, **options: Any) -> Attack[Any]:
     """Return the attack called `name` with `options`; those left out keep their defaults.
 
+    `file:PATH` is a trained attack (`maodun.attacks.artifacts`), whose options replace those it was saved with.
     Raises InputError for an unknown name (with the nearest one), an unknown option (with the known ones), an option of
     the wrong type, or a value that the attack itself refuses.
     """
+    if name.startswith(artifacts.PREFIX):
+        return artifacts.load_attack(name.removeprefix(artifacts.PREFIX), **options)
     attack = get_attack(name)
+    return attack(**checked(name, attack, options))
+
+
+def checked(name: str, attack: type[Attack[Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` of `attack` in the types it wants; InputError for one unknown or of the wrong type."""
     kinds = options_of(attack)
-    return attack(**{option: _checked(name, kinds, option, value) for option, value in options.items()})
+    return {option: _checked(name, kinds, option, value) for option, value in options.items()}
 
 
 def options_of(attack: type[Attack[Any]]) -> dict[str, Any]:

@@ -187,7 +187,9 @@ class Attack(Generic[S]):
             draws = session.oracle.gradient.draws if session.stochastic else 1
             if session.oracle.access == "decision":
                 labels = session.decisions(problem.x, problem.rows)
-                logits = torch.nn.functional.one_hot(labels, int(max(labels.max(), problem.y.max())) + 1).float()
+                # A model that always says class 0 still has another class.
+                classes = max(int(labels.max()), int(problem.y.max()), 1) + 1
+                logits = torch.nn.functional.one_hot(labels, classes).float()
             else:
                 logits = session.logits(problem.x, problem.rows, draws)
         if check_model:
