@@ -10,6 +10,7 @@ from __future__ import annotations
 from maodun.core.engine import Attack as Attack
 from maodun.core.engine import Candidates as Candidates
 from maodun.core.engine import State as State
+from maodun.core.ensemble import Ensemble as Ensemble
 from maodun.core.errors import InputError as InputError
 from maodun.core.errors import MaodunError as MaodunError
 from maodun.core.oracle import BPDA as BPDA

@@ -62,7 +62,8 @@ def _select(value: Any, index: Tensor) -> Any:
 class Candidates:
     """What a search hands to the verdict, one row per sample, in the order given.
 
-    `x_adv` is the best candidate, or the clean input where nothing was found; `distance` its distance in the threat's
+    `x_adv` is the best candidate, or the clean input where nothing was found (of a search on a surrogate: where it
+    ended); `distance` its distance in the threat's
     norm (0 for a clean input); `status` (uint8) are Status values; counts are int64; `seconds` is the whole run's
     wall time; `clean_logits` are those of the unperturbed inputs when the run computed or was given them.
     """
@@ -161,13 +162,15 @@ class Attack(Generic[S]):
         `targets` (N,) are required exactly when the threat is targeted. `ids` key the randomness (default 0..N-1).
         `enough`: minimum-norm attacks stop on a sample once its candidate is this near. `clean_logits` saves the clean
         pass. `stop_early=False` keeps every sample to the last step and makes no clean pass: the fixed price at
-        which attacks are compared. `check_model=False` skips the refusals about the model's outputs.
+        which attacks are compared, and the way of every search on a surrogate. `check_model=False` skips the refusals
+        about the model's outputs.
         Raises InputError for inputs, labels or models that cannot be meant, UnsupportedError for combinations
         this attack does not offer.
         """
         started = time.perf_counter()
         self.check(x, threat)
         x, y, targets, ids = admission.check_samples(x, y, targets, ids, threat)
+        stop_early = stop_early and not oracle.surrogate
         with oracle.ready():
             session = oracle.session(x, ids, seed)
             if check_model and oracle.stochastic is None:
@@ -237,14 +240,21 @@ class Attack(Generic[S]):
             if version != seen[0] or done_now is not seen[1] or (done_now is not None and done_now._version != seen[2]):
                 seen = (version, done_now, 0 if done_now is None else done_now._version)
                 problem, state = self._compact(problem, state)
+        self._settle(problem, state)
 
-    @staticmethod
-    def _compact(problem: Problem, state: S | None) -> tuple[Problem, S | None]:
+    def _settle(self, problem: Problem, state: S | None) -> None:
+        """On a surrogate the answer of a search in a ball is where it ends; a least-distance search has its own."""
+        if problem.session.oracle.surrogate and self.kind == "fixed" and state is not None and len(problem):
+            problem.ledger.settle(problem, state.x)
+
+    def _compact(self, problem: Problem, state: S | None) -> tuple[Problem, S | None]:
         leave = problem.ledger.finished[problem.rows]
         if state is not None:
             leave = leave | state.done
         if not bool(leave.any()):
             return problem, state
+        gone = leave.nonzero().squeeze(1)
+        self._settle(problem.select(gone), None if state is None else state.select(gone))
         keep = (~leave).nonzero().squeeze(1)
         return problem.select(keep), None if state is None else state.select(keep)
 

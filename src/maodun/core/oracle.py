@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core import context
+from maodun.core.ensemble import Ensemble
 from maodun.core.errors import InputError
 from maodun.core.estimators import BPDA, EOT, NES, SPSA, Estimate, Estimator, Exact, Heads
 from maodun.core.modes import conv_weights_channels_last, evaluation_mode, refuse_training_batchnorm
@@ -79,7 +81,9 @@ class Oracle:
     model call (None: chosen from the model's activations). `precision` "bf16" searches under autocast (verdicts
     stay in float32). `channels_last` False leaves convolution weights in their layout on a CPU. `compile` uses
     torch.compile. `stochastic` None means: declared by a module or seen in two different answers. `keep_mode` leaves
-    the modules' training flags alone. InputError when access and estimator do not fit, or BatchNorm is in train mode.
+    the modules' training flags alone. `surrogate` says that the model only stands in for another: to fool it is no
+    success, so every search goes its whole way and hands over where it ends. InputError when access and estimator do
+    not fit, or BatchNorm is in train mode.
     """
 
     model: nn.Module
@@ -92,6 +96,7 @@ class Oracle:
     compile: bool = False
     stochastic: bool | None = None
     keep_mode: bool = False
+    surrogate: bool = False
 
     def __post_init__(self) -> None:
         if self.access not in ACCESS:
@@ -134,6 +139,7 @@ class Session:
         self.keyed = is_stochastic(oracle.model)
         self.stochastic = self.keyed if oracle.stochastic is None else oracle.stochastic
         self.batch_size = oracle.batch_size or automatic_batch_size(oracle.model, x)
+        self.price = oracle.model.price if isinstance(oracle.model, Ensemble) else 1
         self.purpose = "search"
         self._limited = oracle.budget != Budget()
         self._ones = torch.ones(0, dtype=torch.int64, device=x.device)
@@ -148,12 +154,13 @@ class Session:
             if draws > 1:
                 number = number + torch.arange(draws, device=index.device).repeat(index.shape[0] // draws)
         rows = index if draws == 1 else index[::draws]
+        cost = draws * self.price
         if self._limited:
-            self._afford(rows, self.oracle.budget.forwards, self.meter.forwards, draws)
-            self._afford(rows, self.oracle.budget.queries if query else None, self.meter.queries, draws)
-        self._charge(self.meter.forwards, rows, draws)
+            self._afford(rows, self.oracle.budget.forwards, self.meter.forwards, cost)
+            self._afford(rows, self.oracle.budget.queries if query else None, self.meter.queries, cost)
+        self._charge(self.meter.forwards, rows, cost)
         if query:
-            self._charge(self.meter.queries, rows, draws)
+            self._charge(self.meter.queries, rows, cost)
         return self.call(x, index, number)
 
     def call(self, x: Tensor, index: Tensor, number: Tensor) -> Tensor:
@@ -169,9 +176,16 @@ class Session:
     def count_backward(self, index: Tensor, passes: int, draws: int = 1) -> None:
         """Note `passes` backward passes for each row (times the draws) before they are made."""
         rows = index if draws == 1 else index[::draws]
+        cost = passes * draws * self.price
         if self._limited:
-            self._afford(rows, self.oracle.budget.backwards, self.meter.backwards, passes * draws)
-        self._charge(self.meter.backwards, rows, passes * draws)
+            self._afford(rows, self.oracle.budget.backwards, self.meter.backwards, cost)
+        self._charge(self.meter.backwards, rows, cost)
+
+    def member(self, model: nn.Module) -> Session:
+        """Return this session with one member of its ensemble for a model: meter, budget and draws stay shared."""
+        part = copy.copy(self)
+        part.model, part.price = model, 1
+        return part
 
     def _charge(self, counter: Tensor, rows: Tensor, price: int) -> None:
         if self._ones.shape[0] < rows.shape[0]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from maodun.core.ensemble import members_of
 from maodun.core.estimators import Estimator, Heads
 from maodun.core.geometry import per_sample
 from maodun.core.losses import LossFunction, get_loss
@@ -116,6 +117,14 @@ class Ledger:
         fooled = wide.is_adversarial(logits.flatten(0, 1))
         return fooled.reshape(-1, CONFIRM_DRAWS).float().mean(1)
 
+    def settle(self, problem: Problem, x: Tensor) -> None:
+        """Take the last iterate `x` as the answer, as a search on a surrogate does; what is not finite stays clean."""
+        fit = torch.isfinite(x).flatten(1).all(1) & (self.status[problem.rows] != int(Status.non_finite))
+        rows = problem.rows[fit]
+        last = self.threat.project(x[fit], problem.x[fit])
+        self.best[rows] = last
+        self.distance[rows] = self.threat.distance(last, problem.x[fit])
+
     def note_gradient(self, rows: Tensor, grads: list[Tensor]) -> None:
         """Remember which rows have ever had a gradient that is not exactly zero."""
         self.used_gradient = True
@@ -132,7 +141,7 @@ class Problem:
     `x` N x ... in [0, 1], `y` (N,) labels, `targets` (N,) or None, `ids` (N,) sample ids, `rows` (N,) row numbers in
     the run, `threat` the ball, `clean_logits` (N x C) those of `x` when the run knows them. Attacks never meet the
     model itself. A row may stand several times (`repeat`, noted in `repeated`): its points share one account and one
-    best candidate.
+    best candidate. A `quiet` problem counts its calls but notes no candidate.
     """
 
     x: Tensor
@@ -145,6 +154,7 @@ class Problem:
     ledger: Ledger
     clean_logits: Tensor | None = None
     repeated: bool = False
+    quiet: bool = False
 
     def select(self, index: Tensor) -> Problem:
         """Return the problem of the rows `index` (positions or booleans)."""
@@ -160,12 +170,23 @@ class Problem:
             self.ledger,
             None if self.clean_logits is None else self.clean_logits[index],
             self.repeated,
+            self.quiet,
         )
 
     def repeat(self, times: int) -> Problem:
         """Return the problem with every row standing `times` times in a row (to score several points of a sample)."""
         wide = self.select(torch.arange(len(self), device=self.rows.device).repeat_interleave(times))
         return replace(wide, repeated=True)
+
+    def members(self) -> list[Problem]:
+        """Return one problem per member of an ensemble: same samples, same account; this one for any other model.
+
+        What fools one member alone is no candidate, so those problems are quiet.
+        """
+        models = members_of(self.session.oracle.model)
+        if len(models) == 1:
+            return [self]
+        return [replace(self, session=self.session.member(model), clean_logits=None, quiet=True) for model in models]
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -201,13 +222,15 @@ class Problem:
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of `x` (a query per row) and note what fools the model."""
         logits = self.session.logits(x, self.rows, self.session.oracle.gradient.draws if self.session.stochastic else 1)
-        self.ledger.note(self, x, logits)
+        if not self.quiet:
+            self.ledger.note(self, x, logits)
         return logits
 
     def decisions(self, x: Tensor) -> Tensor:
         """Return the predicted classes of `x` (a query per row) and note what fools the model."""
         labels = self.session.decisions(x, self.rows)
-        self.ledger.keep(self, x, self.is_reached(labels))
+        if not self.quiet:
+            self.ledger.keep(self, x, self.is_reached(labels))
         return labels
 
     def gradient(
@@ -239,7 +262,8 @@ class Problem:
         `index` (B,) are positions in this problem, so heads may look up per-sample tensors. One forward, K backwards.
         """
         logits, values, grads = self.session.estimate(x, self.rows, heads, estimator)
-        self.ledger.note(self, x, logits)
+        if not self.quiet:
+            self.ledger.note(self, x, logits)
         self.ledger.note_gradient(self.rows, grads)
         return logits, values, grads
 
