@@ -18,7 +18,7 @@ _VERDICT, _RUN = "How success is decided", "How it runs"
 _MODEL = "zoo:NAME, package.module:factory, torchscript:FILE, exported:FILE, torchvision:NAME, timm:NAME, ..."
 _DATA = "digits, mnist, cifar10, folder:DIR, parquet:FILES, npz:FILE or hf:ID."
 _WEIGHTS = "A .safetensors file, or a checkpoint that loads without running code."
-_EPS = "Radius in [0, 1] input units, as 8/255; several separated by commas. Left out: any radius."
+_EPS = "Radius in [0, 1] input units, as 8/255 (flow: pixels); several separated by commas. Left out: any radius."
 _ATTACK = "Attacks separated by commas, with options as in pgd:steps=10:restarts=2."
 
 
@@ -45,7 +45,7 @@ Data = Annotated[str, _flag(_WHAT, _DATA, show_default=False)]
 Split = Annotated[str, _flag(_WHAT, "The split of the data.")]
 Limit = Annotated[int | None, _flag(_WHAT, "Only the first N samples.", min=1)]
 
-Norm = Annotated[str, _flag(_HOW, "linf, l2, l1 or l0 (a count of changed entries).")]
+Norm = Annotated[str, _flag(_HOW, "linf, l2, l1, l0 (a count of changed entries) or flow (displacement in pixels).")]
 Eps = Annotated[str | None, _flag(_HOW, _EPS)]
 Attack = Annotated[str, _flag(_HOW, _ATTACK)]
 Targeted = Annotated[bool, _flag(_HOW, "The wrong class is chosen beforehand.", "--targeted")]

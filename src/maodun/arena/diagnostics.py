@@ -45,7 +45,7 @@ def diagnose(arena: Arena, shield: Shield) -> list[Finding]:
     started, found = time.perf_counter(), []
     forwards = backwards = 0
     for laboratory in _laboratories(arena, shield):
-        for check in LOOKS + (TRIALS if laboratory.adaptive else ()):
+        for check in LOOKS + (_trials(laboratory) if laboratory.adaptive else ()):
             finding = check(laboratory)
             if finding is not None:
                 found.append(finding)
@@ -66,6 +66,11 @@ def _laboratories(arena: Arena, shield: Shield) -> Iterator[Laboratory]:
     for key, cell in reversed(first.items()):
         threat = trial_threat(cell.threat, arena.data.x)
         yield Laboratory(shield, threat, arena, cell.spec, None if alone else cell.spear, key[1:] == best)
+
+
+def _trials(lab: Laboratory) -> tuple[Check, ...]:
+    """Return the trials with attacks that make sense under the laboratory's norm."""
+    return TRIALS if lab.threat.norm in PGD.norms else (untried,)
 
 
 def _way(shield: Shield, spec: SpearSpec) -> tuple[str, int]:
@@ -99,6 +104,14 @@ def _suspicion(suspect: Tensor, expected: Tensor) -> tuple[str, int, int]:
     if p < 0.05:
         return "alarm", only, other
     return ("note" if only >= 2 and only > other else "ok"), only, other
+
+
+def untried(lab: Laboratory) -> Finding:
+    """Say that the trials with PGD were left out, for a norm in which it does not search."""
+    norm = lab.threat.norm
+    sentence = f"PGD does not search in {norm}, so only the gradients were looked at, no trial attacks were run"
+    action = f"Add a threat in linf, l2 or l1 to the recipe: trials there doubt the same gradients as {norm} uses."
+    return _finding(lab, "trials", "note", sentence, action)
 
 
 def zero_gradients(lab: Laboratory) -> Finding:

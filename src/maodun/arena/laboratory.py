@@ -30,7 +30,7 @@ class RandomNoise(Attack[State]):
     """Draws random points of the ball: what any search must beat. Costs `draws` queries per sample."""
 
     name: ClassVar[str] = "random-noise"
-    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0", "flow")
     access: ClassVar[str] = "scores"
 
     draws: int = 64
@@ -159,6 +159,9 @@ class Laboratory:
 def everything(threat: Threat, x: Tensor) -> float:
     """Return the radius at which the threat's ball holds the whole box around every input like `x` (N x ...)."""
     size = float(x[0].numel())
+    if threat.norm == "flow":
+        # A flow can never make every image; this one may fetch every pixel from anywhere.
+        return float(max(x.shape[2:]))
     return {"linf": 1.0, "l2": math.sqrt(size), "l1": size, "l0": size}[threat.norm]
 
 

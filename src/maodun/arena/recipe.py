@@ -64,13 +64,13 @@ class DataSpec(_Part):
 
 
 class ThreatSpec(_Part):
-    """What the adversary may change: norm, radius (None: unbounded), whether it must reach a chosen class.
+    """What the adversary may change: norm, radius (None: unbounded; pixels for flow), whether it must reach a class.
 
     `goal` says how the class is chosen when `targeted`: at random among the wrong ones, or the least or
     most likely wrong class of the clean prediction.
     """
 
-    norm: Literal["linf", "l2", "l1", "l0"]
+    norm: Literal["linf", "l2", "l1", "l0", "flow"]
     eps: Radius = math.inf
     targeted: bool = False
     goal: Literal["random", "least_likely", "most_likely"] = "random"
@@ -120,7 +120,7 @@ class SpearSpec(_Part):
     eot: int = Field(default=1, ge=1)
     access: Literal["gradient", "scores", "decision"] | None = None
     budget: BudgetSpec = BudgetSpec()
-    norms: tuple[Literal["linf", "l2", "l1", "l0"], ...] | None = None
+    norms: tuple[Literal["linf", "l2", "l1", "l0", "flow"], ...] | None = None
 
     @property
     def label(self) -> str:

@@ -23,6 +23,7 @@ _ROOMS = {
     "minimum.ddn": ("ddn",),
     "minimum.fmn": ("fmn",),
     "minimum.fab": ("fab",),
+    "universal.stadv": ("stadv",),
     "query.square": ("square",),
     "query.rays": ("rays",),
     "recipes": ("autoattack", "autoattack-plus", "autoattack-rand"),

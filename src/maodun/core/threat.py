@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maodun.core import geometry
+from maodun.core import flow, geometry
 from maodun.core.errors import InputError, nearest
 from maodun.core.streams import Stream
 
-NORMS = ("linf", "l2", "l1", "l0")
+NORMS = ("linf", "l2", "l1", "l0", "flow")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Threat:
     `norm` is linf, l2, l1 or l0 (l0 counts changed entries); `eps` is in input units and infinite by default, for
     minimum-norm attacks; `targeted` asks for a given wrong class instead of any. InputError for an unknown norm or an
     eps that is negative or not a number.
+
+    "flow" bounds no values but displacements: an image (N x C x H x W) is inside when every pixel's value is found in
+    the clean image within `eps` pixels along each axis, read bilinearly. The test needs no flow, so it judges any
+    image from any attack. With one channel it is exact; with several it looks at each channel alone, which no true
+    flow fails and a patchwork of colours might pass.
     """
 
     norm: str
@@ -44,17 +49,24 @@ class Threat:
         """Return `x_adv` (N x ...) brought into the ball around `x` and the box [0, 1]."""
         if math.isinf(self.eps):
             return x_adv.clamp(0.0, 1.0)
+        if self.norm == "flow":
+            low, high = flow.reach_within(x, self.eps)
+            return torch.minimum(torch.maximum(x_adv, low), high)
         return geometry.PROJECTIONS[self.norm](x_adv, x, self.eps)
 
     def random_start(self, x: Tensor, stream: Stream, ids: Tensor, step: int | Tensor = 0) -> Tensor:
         """Return a point drawn uniformly from the ball around each row of `x`, then clipped to [0, 1].
 
-        An infinite radius draws from the whole box. For l0 the changed entries and their values are uniform.
+        An infinite radius draws from the whole box. For l0 the changed entries and their values are uniform, for flow
+        the displacements are.
         """
         shape = tuple(x.shape[1:])
         if math.isinf(self.eps):
             return stream.uniform(ids, shape, step).to(x)
         size = math.prod(shape)
+        if self.norm == "flow":
+            flow.check_images(x)
+            return flow.warp(x, (stream.uniform(ids, (2, *shape[1:]), step) * 2.0 - 1.0).to(x) * self.eps)
         if self.norm == "linf":
             delta = (stream.uniform(ids, shape, step) * 2.0 - 1.0).to(x) * self.eps
         elif self.norm == "l2":
@@ -76,11 +88,11 @@ class Threat:
     def steepest(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Return the step of unit length, in this norm, along which a linear function with `gradient` grows most.
 
-        linf: the sign. l2: the gradient over its length (zero stays zero). l1 and l0: the signs of the largest entries
-        that the box lets move at `x`, scaled to l1 length one: about as many as the ball can carry to a wall
+        linf, flow: the sign. l2: the gradient over its length (zero stays zero). l1, l0: the signs of the largest
+        entries that the box lets move at `x`, scaled to l1 length one: about as many as the ball can carry to a wall
         (1.5 eps; 5 % when eps is infinite). A single entry would be exact but crawls, more never gather in the best.
         """
-        if self.norm == "linf":
+        if self.norm in ("linf", "flow"):
             return gradient.sign()
         if self.norm == "l2":
             return geometry.unit_l2(gradient)
@@ -89,7 +101,9 @@ class Threat:
         return geometry.sparse_l1(gradient, x, count / entries)
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Return the (N,) distances between rows in this norm."""
+        """Return the (N,) distances between rows in this norm; in flow, displacements in pixels."""
+        if self.norm == "flow":
+            return flow.displacement(x_adv, x)
         return geometry.norms(x_adv - x, self.norm)
 
     def contains(self, x_adv: Tensor, x: Tensor, slack: float = 1e-5) -> Tensor:
@@ -98,8 +112,11 @@ class Threat:
         in_box = (flat >= -1e-6).all(1) & (flat <= 1.0 + 1e-6).all(1)
         if math.isinf(self.eps):
             return in_box
+        if self.norm == "flow":
+            return in_box & flow.inside(x_adv, x, self.eps * (1.0 + slack))
         return in_box & (self.distance(x_adv, x) <= self.eps * (1.0 + slack) + 1e-6)
 
     def __str__(self) -> str:
-        radius = "any radius" if math.isinf(self.eps) else f"eps {self.eps:.6g}"
+        unit = " px" if self.norm == "flow" else ""
+        radius = "any radius" if math.isinf(self.eps) else f"eps {self.eps:.6g}{unit}"
         return f"{self.norm}, {radius}" + (", targeted" if self.targeted else "")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # The most urgent first: this is the order in which a reader should meet them.
 LEVELS = ("alarm", "warning", "note", "ok")
 NOTHING = "–"
-_SIGNS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0"}
+_SIGNS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "flow": "flow"}
 
 
 def percent(value: float, *, digits: int = 1) -> str:

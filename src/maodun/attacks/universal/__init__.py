@@ -1,0 +1,1 @@
+"""Attacks that are not of the ball: bent images, patches, and one perturbation for all images."""
