@@ -41,6 +41,11 @@ def draw(stream: Stream, ids: Tensor, number: Tensor) -> Iterator[None]:
         _current.reset(token)
 
 
+def current() -> Draw | None:
+    """Return the evaluation that is under way, None outside of any."""
+    return _current.get()
+
+
 @dataclass(frozen=True)
 class Noise:
     """Random numbers for the rows of one input; `shape` arguments are per row and default to the input's own."""

@@ -22,6 +22,10 @@ class UnsupportedError(MaodunError):
     """The combination asked for is not offered, for example an attack under a norm it does not know."""
 
 
+class TargetError(MaodunError):
+    """A target outside of this process fails for good, or answers what cannot be read."""
+
+
 class StoreError(MaodunError):
     """A run folder cannot be written, read or continued."""
 

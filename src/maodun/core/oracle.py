@@ -72,6 +72,12 @@ def is_stochastic(model: nn.Module) -> bool:
     return any(getattr(module, "stochastic", False) is True for module in model.modules())
 
 
+def granted(model: nn.Module) -> str:
+    """Return the most that a model can be asked for: the narrowest `access` that any submodule declares."""
+    declared = [getattr(module, "access", None) for module in model.modules()]
+    return max((each for each in declared if each in ACCESS), key=ACCESS.index, default="gradient")
+
+
 @dataclass(frozen=True)
 class Oracle:
     """A model as the adversary meets it.
@@ -82,8 +88,9 @@ class Oracle:
     stay in float32). `channels_last` False leaves convolution weights in their layout on a CPU. `compile` uses
     torch.compile. `stochastic` None means: declared by a module or seen in two different answers. `keep_mode` leaves
     the modules' training flags alone. `surrogate` says that the model only stands in for another: to fool it is no
-    success, so every search goes its whole way and hands over where it ends. InputError when access and estimator do
-    not fit, or BatchNorm is in train mode.
+    success, so every search goes its whole way and hands over where it ends. A model that declares a narrower access
+    (a remote service, an ONNX file) narrows `access`. InputError when access and estimator do not fit, or BatchNorm is
+    in train mode.
     """
 
     model: nn.Module
@@ -109,8 +116,18 @@ class Oracle:
             raise InputError(
                 "model", f"is a {type(self.model).__name__}, not a torch.nn.Module", "wrap it in an nn.Module"
             )
+        object.__setattr__(self, "access", max(self.access, granted(self.model), key=ACCESS.index))
         if not self.keep_mode:
             refuse_training_batchnorm(self.model)
+
+    def refuse(self, access: str) -> None:
+        """Raise InputError when an attack that needs `access` cannot be run on this oracle, before it costs a query."""
+        needs = self.gradient.needs if access == "gradient" else access
+        if ACCESS.index(needs) >= ACCESS.index(self.access):
+            return
+        whose = "the model" if granted(self.model) == self.access else "this oracle"
+        remedy = "NES() or SPSA() as gradient, or a query attack" if self.access == "scores" else "an attack by decisions"
+        raise InputError(f"access '{needs}'", f"is needed, and {whose} grants {self.access} only", f"use {remedy}")
 
     @property
     def reference(self) -> bool:
