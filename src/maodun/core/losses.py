@@ -68,6 +68,17 @@ def probability_margin(logits: Tensor, y: Tensor, targets: Tensor | None = None)
     return margin(torch.softmax(logits, dim=1), y, targets)
 
 
+def divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """Return (N,) KL(softmax(reference) || softmax(logits)) in nats; zero exactly where both agree."""
+    target, log_p = F.log_softmax(reference, dim=1), F.log_softmax(logits, dim=1)
+    return (target.exp() * (target - log_p)).sum(1)
+
+
+def square_gap(logits: Tensor, reference: Tensor) -> Tensor:
+    """Return (N,) the squared l2 distance between softmax(logits) and softmax(reference), in [0, 2]."""
+    return (logits.softmax(1) - reference.softmax(1)).square().sum(1)
+
+
 LOSSES: dict[str, LossFunction] = {
     "ce": cross_entropy,
     "margin": margin,
@@ -76,8 +87,19 @@ LOSSES: dict[str, LossFunction] = {
 }
 
 
+DEPARTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": divergence, "square": square_gap}
+"""Losses of (logits, clean logits): how far the answer has moved, whatever the label. Their gradient is zero at the
+clean input, so a search needs a random start. Sources: TRADES (Zhang et al., 2019); SCORE (Pang et al., 2022)."""
+
+
+def check_loss(name: str) -> None:
+    """Raise InputError with the nearest name unless `name` is in LOSSES or DEPARTURES."""
+    if name not in DEPARTURES:
+        get_loss(name)
+
+
 def get_loss(name: str) -> LossFunction:
     """Return the loss called `name` (ce, margin, dlr, probability); InputError with the nearest name otherwise."""
     if name not in LOSSES:
-        raise InputError(f"loss '{name}'", "is not a loss known here", nearest(name, list(LOSSES)))
+        raise InputError(f"loss '{name}'", "is not a loss known here", nearest(name, [*LOSSES, *DEPARTURES]))
     return LOSSES[name]

@@ -11,7 +11,7 @@ from torch import Tensor
 from maodun.core.ensemble import members_of
 from maodun.core.estimators import Estimator, Heads
 from maodun.core.geometry import per_sample
-from maodun.core.losses import LossFunction, get_loss
+from maodun.core.losses import DEPARTURES, LossFunction, get_loss, margin
 from maodun.core.oracle import Session
 from maodun.core.status import Status
 from maodun.core.streams import Stream
@@ -21,6 +21,9 @@ CONFIRM_DRAWS = 10
 # A search rests on a stochastic sample only when nearly all fresh draws are fooled: at six of ten, a verdict by the
 # majority of ten others would often find the sample standing.
 SURE = 0.9
+# Logits of one input differ between batch sizes, memory layouts and machines by about this share of the largest one. A
+# nearest candidate whose lead is smaller may stand on either side when it is scored anew.
+ROUNDING = {"float32": 1e-5, "bf16": 1e-2}
 
 
 class Ledger:
@@ -56,16 +59,27 @@ class Ledger:
             rows = problem.rows[bad]
             self.finished[rows] = True
             self.status[rows] = int(Status.non_finite)
-        self.keep(problem, x, fooled)
+        self.keep(problem, x, fooled, logits)
 
-    def keep(self, problem: Problem, x: Tensor, fooled: Tensor) -> None:
-        """Keep the points `x` of the rows marked in `fooled` where they are the best so far."""
+    def keep(self, problem: Problem, x: Tensor, fooled: Tensor, logits: Tensor | None = None) -> None:
+        """Keep the points `x` of the rows marked in `fooled` where they are the best so far.
+
+        Of a nearest candidate the `logits`, where there are any, must say so clearly enough to survive another scoring.
+        """
         hit = fooled.nonzero().squeeze(1)
+        if hit.numel() and self.minimum and logits is not None:
+            hit = hit[self._clearly(problem, hit, logits[hit])]
         if hit.numel() and not self.minimum:
             # Inside a ball one certain success is as good as another.
             hit = hit[self.share[problem.rows[hit]] < 1.0]
         if hit.numel():
             self._keep(problem, hit, x[hit])
+
+    def _clearly(self, problem: Problem, hit: Tensor, logits: Tensor) -> Tensor:
+        """Return booleans: the lead is more than what rounding may take away."""
+        targets = None if problem.targets is None else problem.targets[hit]
+        lead = margin(logits, problem.y[hit], targets)
+        return lead > ROUNDING[self.session.oracle.precision] * logits.abs().amax(1)
 
     def retire(self, rows: Tensor) -> None:
         """Mark row numbers whose budget is spent; they leave the search, with what they have found."""
@@ -242,9 +256,16 @@ class Problem:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (N x C), losses (N,) and the gradient of each sample's loss at `x`.
 
-        `loss` is a name or a function of (logits, y, targets). `targets` overrides the problem's own, as multi-targeted
-        attacks on an untargeted goal need; `estimator` the oracle's own.
+        `loss` is a name or a function of (logits, y, targets); the names kl and square measure the departure from the
+        clean logits instead. `targets` overrides the problem's own, as multi-targeted attacks on an untargeted goal
+        need; `estimator` the oracle's own.
         """
+        if isinstance(loss, str) and loss in DEPARTURES:
+            departure, clean = DEPARTURES[loss], self.clean()
+            logits, values, grads = self.values_and_gradients(
+                x, lambda logits, index: departure(logits, clean[index]).unsqueeze(1), estimator
+            )
+            return logits, values[:, 0], grads[0]
         function = get_loss(loss) if isinstance(loss, str) else loss
         aims = self.targets if targets is None else targets
 

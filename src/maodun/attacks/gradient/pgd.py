@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from maodun.core.engine import Attack, State
-from maodun.core.errors import InputError
+from maodun.core.errors import InputError, UnsupportedError
 from maodun.core.geometry import norms, per_sample
-from maodun.core.losses import get_loss
+from maodun.core.losses import DEPARTURES, check_loss
 from maodun.core.problem import Problem
+from maodun.core.threat import Threat
 
 
 @dataclass
@@ -27,7 +28,8 @@ class PGDState(State):
 class PGD(Attack[PGDState]):
     """Projected gradient ascent on a loss inside the threat's ball (Madry et al., ICLR 2018).
 
-    Inputs N x ..., values in [0, 1]. `loss` is ce, margin, dlr or probability. `steps` per restart. `step_size` is
+    Inputs N x ..., values in [0, 1]. `loss` is ce, margin, dlr or probability, or, whatever the labels
+    say, kl or square (how far the answer moves from the clean one). `steps` per restart. `step_size` is
     in input units; None means 2.5 * eps / steps. `restarts` runs from fresh starts, on the samples not yet broken.
     `random_start` draws the start uniformly from the ball. Costs `steps` forwards and backwards per sample and
     restart and one last forward, less what stops early.
@@ -42,10 +44,16 @@ class PGD(Attack[PGDState]):
     random_start: bool = True
 
     def __post_init__(self) -> None:
-        get_loss(self.loss)
+        check_loss(self.loss)
         for option in ("steps", "restarts"):
             if getattr(self, option) < 1:
                 raise InputError(f"{option} {getattr(self, option)}", "must be at least 1", "give a positive number")
+
+    def check(self, x: Tensor, threat: Threat) -> None:
+        """Refuse a target for a loss that knows no classes, besides what every attack refuses."""
+        super().check(x, threat)
+        if threat.targeted and self.loss in DEPARTURES:
+            raise UnsupportedError(f"loss '{self.loss}'", "moves away from the clean answer, not to a target", "use ce")
 
     @property
     def total_steps(self) -> int:
@@ -59,7 +67,7 @@ class PGD(Attack[PGDState]):
 
     def step(self, problem: Problem, state: PGDState) -> PGDState:
         """Climb once along the steepest direction of the threat's norm."""
-        _, _, gradient = problem.gradient(self.look(problem, state), self.loss)
+        gradient, state = self.slope(problem, state)
         direction, velocity = self.direction(problem, state, gradient)
         x = problem.threat.project(state.x + self.rate(problem) * direction, problem.x)
         state = replace(state, x=x, velocity=velocity, step=state.step + 1)
@@ -67,6 +75,10 @@ class PGD(Attack[PGDState]):
             problem.logits(x)
             state = replace(state, x=self._start(problem, state.step // self.steps), velocity=None)
         return state
+
+    def slope(self, problem: Problem, state: PGDState) -> tuple[Tensor, PGDState]:
+        """Return the gradient to climb, and the state with what a subclass carries on."""
+        return problem.gradient(self.look(problem, state), self.loss)[2], state
 
     def look(self, problem: Problem, state: PGDState) -> Tensor:  # noqa: ARG002 - a hook
         """Return the point at which the gradient is taken."""
