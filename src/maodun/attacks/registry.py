@@ -23,12 +23,19 @@ _ROOMS = {
     "minimum.ddn": ("ddn",),
     "minimum.fmn": ("fmn",),
     "minimum.fab": ("fab",),
+    "transfer.loop": ("transfer",),
     "universal.stadv": ("stadv",),
     "query.square": ("square",),
     "query.rays": ("rays",),
+    "query.hopskipjump": ("hopskipjump",),
+    "feature.distances": ("dr", "nrdm", "ssp"),
+    "feature.fia": ("fia",),
+    "feature.ila": ("ila",),
     "recipes": ("autoattack", "autoattack-plus", "autoattack-rand"),
     "sharp": ("sharp",),
 }
+# Any of these joined by dashes names a transfer attack of these hooks.
+_TRANSFER_HOOKS = {"mi", "ni", "vmi", "di", "ti", "si", "ssm"}
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 
@@ -79,12 +86,15 @@ def get_attack(name: str) -> type[Attack[Any]]:
 def build_attack(name: str, **options: Any) -> Attack[Any]:
     """Return the attack called `name` with `options`; those left out keep their defaults.
 
+    Hooks joined by dashes, such as di-ti-mi, name the transfer attack with these.
     `file:PATH` is a trained attack (`maodun.attacks.artifacts`), whose options replace those it was saved with.
     Raises InputError for an unknown name (with the nearest one), an unknown option (with the known ones), an option of
     the wrong type, or a value that the attack itself refuses.
     """
     if name.startswith(artifacts.PREFIX):
         return artifacts.load_attack(name.removeprefix(artifacts.PREFIX), **options)
+    if _TRANSFER_HOOKS.issuperset(name.split("-")):
+        name, options = "transfer", {"hooks": name, **options}
     attack = get_attack(name)
     return attack(**checked(name, attack, options))
 
