@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+from maodun.defenses.training.ace import ACE, calibration_term, complement_term, entropy_term
+from maodun.defenses.training.adversarial import Adversarial
 from maodun.defenses.training.augment import NoAugmentation, ShiftFlip
+from maodun.defenses.training.awp import AWP
 from maodun.defenses.training.distillation import Distillation, soft_labels
+from maodun.defenses.training.dkl import DKL
+from maodun.defenses.training.fast import Free, NoisyFGSM
 from maodun.defenses.training.fit import FitReport, FitSettings, fit, split_holdout
 from maodun.defenses.training.inner import Inner
+from maodun.defenses.training.mart import MART
 from maodun.defenses.training.objective import Batch, Crafter, Objective, Standard
-from maodun.defenses.training.pgd_at import AdversarialTraining
+from maodun.defenses.training.pgd_at import AdversarialTraining, MixedTraining
+from maodun.defenses.training.score import SCORE
+from maodun.defenses.training.trades import TRADES
+from maodun.defenses.training.uad import UAD
 
 __all__ = [
+    "ACE",
+    "AWP",
+    "DKL",
+    "MART",
+    "SCORE",
+    "TRADES",
+    "UAD",
+    "Adversarial",
     "AdversarialTraining",
     "Batch",
     "Crafter",
     "Distillation",
     "FitReport",
     "FitSettings",
+    "Free",
     "Inner",
+    "MixedTraining",
     "NoAugmentation",
+    "NoisyFGSM",
     "Objective",
     "ShiftFlip",
     "Standard",
+    "calibration_term",
+    "complement_term",
+    "entropy_term",
     "fit",
     "soft_labels",
     "split_holdout",

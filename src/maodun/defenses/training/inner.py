@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core.engine import Attack
+from maodun.core.losses import DEPARTURES
 from maodun.core.oracle import Oracle
 from maodun.core.problem import Ledger, Problem
 from maodun.core.threat import Threat
@@ -43,7 +44,10 @@ class Inner:
             session = oracle.session(x, batch.rows, (self.seed << 32) + batch.step)
             ledger = Ledger(session, x, threat, minimum=False, enough=None, stop=False)
             rows = torch.arange(x.shape[0], device=x.device)
-            problem = Problem(x, batch.y, None, batch.rows, rows, threat, session, ledger)
+            # A search for the largest departure from the clean answer asks for that answer once.
+            departs = getattr(self.attack, "loss", None) in DEPARTURES
+            clean = session.logits(x, rows) if departs else None
+            problem = Problem(x, batch.y, None, batch.rows, rows, threat, session, ledger, clean)
             state = self.attack.init(problem)
             for _ in range(self.attack.total_steps):
                 state = self.attack.step(problem, state)
