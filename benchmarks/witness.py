@@ -53,8 +53,8 @@ PLAN: tuple[Trial, ...] = (
     Trial("resnet4b", "8/255", ("pgd20", "sharp", "standard"), expected="PGD-20 at most .157"),
     Trial("resnet56", "8/255", ("pgd20", "sharp", "standard"), expected="0"),
     Trial("trades-mnist", "0.3", ("sharp", "standard"), expected="standard about .928", chunk=100),
-    Trial("digits-cnn-at", "0.15", ("sharp", "standard")),
-    Trial("digits-cnn", "0.15", ("sharp", "standard")),
+    Trial("digits-cnn-at", "0.15", ("sharp", "standard"), chunk=1000),
+    Trial("digits-cnn", "0.15", ("sharp", "standard"), chunk=1000),
     Trial("cifar10-resnet8-at", "8/255", ("sharp", "standard")),
     Trial("cifar10-resnet8", "8/255", ("sharp", "standard")),
 )
