@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maodun.core.errors import InputError
 from maodun.defenses.training.augment import NoAugmentation, ShiftFlip
-from maodun.defenses.training.objective import Batch, Objective
+from maodun.defenses.training.objective import Batch, Learning, Objective, Replaying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,28 +89,36 @@ def fit(
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, optimiser = fabric.setup(model, _optimiser(model, settings))
-    state = _State(model, optimiser, settings, seed)
+    state = _State(model, optimiser, settings, seed, objective)
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint)
     per_epoch = math.ceil(x.shape[0] / settings.batch_size)
+    replays = objective.replays if isinstance(objective, Replaying) else 1
     for epoch in range(state.epoch, settings.epochs):
         began, total = time.perf_counter(), 0.0
         model.train()
         order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
         for number, rows in enumerate(torch.split(order, settings.batch_size)):
-            step = epoch * per_epoch + number
-            _set_rate(optimiser, settings, step / (settings.epochs * per_epoch))
-            batch = Batch(augment(x[rows], rows, epoch, seed), y[rows], rows, step)
-            loss = objective(wrapped, batch)
-            optimiser.zero_grad()
-            fabric.backward(loss)
-            if settings.clip is not None:
-                fabric.clip_gradients(wrapped, optimiser, max_norm=settings.clip)
-            optimiser.step()
-            state.follow(model)
-            total += float(loss.detach()) * rows.numel()
-        if not math.isfinite(total):
-            raise InputError(f"epoch {epoch}", "the loss is not finite", "lower the rate, or set clip")
+            place = epoch * per_epoch + number
+            _set_rate(optimiser, settings, place / (settings.epochs * per_epoch))
+            inputs = augment(x[rows], rows, epoch, seed)
+            for replay in range(replays):
+                batch = Batch(inputs, y[rows], rows, place * replays + replay)
+                loss = objective(wrapped, batch)
+                optimiser.zero_grad()
+                fabric.backward(loss)
+                if isinstance(objective, Replaying):
+                    objective.after_backward(batch)
+                if settings.clip is not None:
+                    fabric.clip_gradients(wrapped, optimiser, max_norm=settings.clip)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    # Before the step, so that the weights of the last good one are still whole.
+                    where = f"epoch {epoch}, step {batch.step}"
+                    raise InputError(where, f"the loss is {value}", "lower the rate, or set clip; --resume goes on")
+                optimiser.step()
+                state.follow(model)
+            total += value * rows.numel()
         line = {"epoch": float(epoch), "loss": total / x.shape[0]}
         line |= {"score": state.score(validate), "seconds": time.perf_counter() - began}
         state.record(line)
@@ -126,8 +134,11 @@ def fit(
 class _State:
     """What a run must remember between epochs: weights, their running mean, momentum, history and the best so far."""
 
-    def __init__(self, model: nn.Module, optimiser: Any, settings: FitSettings, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, optimiser: Any, settings: FitSettings, seed: int, objective: Objective
+    ) -> None:
         self.model, self.optimiser, self.decay = model, optimiser, settings.average
+        self.learning = objective if isinstance(objective, Learning) else None
         self.signature = repr(sorted(asdict(settings).items())) + f" seed {seed}"
         self.mean = _copy(model)
         self.best, self.best_epoch, self.best_score = _copy(model), -1, -math.inf
@@ -179,6 +190,7 @@ class _State:
             "best_score": self.best_score,
             "history": self.history,
             "steps": self.steps,
+            "learnt": {} if self.learning is None else self.learning.state(),
         }
         temporary = path.with_name(path.name + ".part")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,6 +212,8 @@ class _State:
         self.mean, self.best = content["mean"], content["best"]
         self.best_epoch, self.best_score = content["best_epoch"], content["best_score"]
         self.history, self.steps = content["history"], content["steps"]
+        if self.learning is not None:
+            self.learning.restore(content["learnt"])
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +32,27 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss, a scalar with a graph to the model's parameters."""
         ...
+
+
+@runtime_checkable
+class Learning(Protocol):
+    """An objective that learns something besides the weights, which a resumed run must know."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what was learnt, by name."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up a state returned by `state`."""
+
+
+@runtime_checkable
+class Replaying(Protocol):
+    """An objective that sees each batch `replays` times in a row and looks at what the backward pass left."""
+
+    replays: int
+
+    def after_backward(self, batch: Batch) -> None:
+        """Look at gradients once they are there."""
 
 
 @dataclass(frozen=True)
