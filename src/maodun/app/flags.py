@@ -98,12 +98,15 @@ class Flags:
     attack: o.Attack = "autoattack"
     weights: o.Weights = None
     model_option: o.ModelOption = None
+    allow_remote: o.AllowRemote = False
     defense: o.Defense = "none"
     split: o.Split = "test"
     limit: o.Limit = None
     targeted: o.Targeted = False
     gradient: o.Gradient = "exact"
     eot: o.Eot = 1
+    access: o.Access = None
+    query_budget: o.Budget = None
     rule: o.Rule = "auto"
     draws: o.Draws = 10
     seed: o.Seed = 0
@@ -130,6 +133,8 @@ class Flags:
                 "options": chosen,
                 "gradient": self.gradient,
                 "eot": self.eot,
+                "access": self.access,
+                "budget": {"queries": self.query_budget},
                 "name": _spell(name, chosen) if repeated else "",
             }
             for name, chosen in attacks
@@ -137,7 +142,7 @@ class Flags:
         shield = {
             "model": self.model,
             "weights": self.weights,
-            "model_options": parse_options(self.model_option or (), thing="--model-option"),
+            "model_options": self._model_options(),
             "defense": defense,
             "options": options,
         }
@@ -162,6 +167,19 @@ class Flags:
             },
             source="command line",
         )
+
+    def _model_options(self) -> dict[str, Any]:
+        options = parse_options(self.model_option or (), thing="--model-option")
+        if not self.allow_remote:
+            return options
+        if not is_service(self.model):
+            raise wrong("--allow-remote", f"is of no use for '{self.model}'", "leave it out: nothing is sent anywhere")
+        return {**options, "allow_remote": True}
+
+
+def is_service(model: str) -> bool:
+    """Say whether a specification names a service, every answer of which may cost somebody something."""
+    return model.startswith(("http:", "https:"))
 
 
 def _spell(name: str, options: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ def _flag(panel: str, text: str, *names: str, **extra: Any) -> Any:
 _WHAT, _HOW = "What is attacked", "How it is attacked"
 _VERDICT, _RUN = "How success is decided", "How it runs"
 
-_MODEL = "zoo:NAME, package.module:factory, torchscript:FILE, exported:FILE, torchvision:NAME, timm:NAME, ..."
+_MODEL = "zoo:NAME, package.module:factory, torchscript:FILE, onnx:FILE, sklearn:..., http://HOST/PATH, timm:NAME, ..."
 _DATA = "digits, mnist, cifar10, folder:DIR, parquet:FILES, npz:FILE or hf:ID."
 _WEIGHTS = "A .safetensors file, or a checkpoint that loads without running code."
 _EPS = "Radius in [0, 1] input units, as 8/255 (flow: pixels); several separated by commas. Left out: any radius."
@@ -40,6 +40,7 @@ class Pictures(StrEnum):
 Model = Annotated[str, _flag(_WHAT, _MODEL, show_default=False)]
 Weights = Annotated[str | None, _flag(_WHAT, _WEIGHTS)]
 ModelOption = Annotated[list[str] | None, _flag(_WHAT, "key=value for the model's factory; may be repeated.")]
+AllowRemote = Annotated[bool, _flag(_WHAT, "Permit a service that is not on this machine.", "--allow-remote")]
 Defense = Annotated[str, _flag(_WHAT, "A defence in front of the model, as bit_depth:bits=3.")]
 Data = Annotated[str, _flag(_WHAT, _DATA, show_default=False)]
 Split = Annotated[str, _flag(_WHAT, "The split of the data.")]
@@ -51,6 +52,9 @@ Attack = Annotated[str, _flag(_HOW, _ATTACK)]
 Targeted = Annotated[bool, _flag(_HOW, "The wrong class is chosen beforehand.", "--targeted")]
 Gradient = Annotated[str, _flag(_HOW, "exact, bpda, nes or spsa.")]
 Eot = Annotated[int, _flag(_HOW, "Draws averaged per gradient of a stochastic defence.", min=1)]
+
+Access = Annotated[str | None, _flag(_HOW, "gradient, scores or decision; left out: what the attack needs.")]
+Budget = Annotated[int | None, _flag(_HOW, "The most queries one sample may cost.", "--query-budget", min=1)]
 
 Rule = Annotated[str, _flag(_VERDICT, "auto, single, mean, majority or worst.")]
 Draws = Annotated[int, _flag(_VERDICT, "Fresh draws per verdict of a stochastic defence.", min=1)]

@@ -18,7 +18,7 @@ def evaluate_command(recipe: Recipe, cell: Cell) -> str | None:
     """Return the `maodun evaluate` line for a cell, None when its set-up goes beyond what flags can say."""
     shield = next(each for each in recipe.shields if each.label == cell.shield)
     spear, threat = cell.spec, cell.threat
-    beyond = spear.gradient_options or spear.access or spear.budget != BudgetSpec()
+    beyond = spear.gradient_options or spear.budget != BudgetSpec(queries=spear.budget.queries)
     if beyond or (threat.targeted and threat.goal != "random") or shield.model.startswith(GIVEN):
         return None
     attack, defense = _named(spear.attack, spear.options), _named(shield.defense, shield.options)
@@ -38,6 +38,8 @@ def evaluate_command(recipe: Recipe, cell: Cell) -> str | None:
     words += ["--attack", attack]
     words += ["--gradient", spear.gradient] if spear.gradient != "exact" else []
     words += ["--eot", str(spear.eot)] if spear.eot > 1 else []
+    words += ["--access", spear.access] if spear.access else []
+    words += ["--query-budget", str(spear.budget.queries)] if spear.budget.queries else []
     verdict = recipe.verdict
     words += ["--rule", verdict.rule] if verdict.rule != "auto" else []
     words += ["--draws", str(verdict.draws)] if verdict.draws != 10 else []

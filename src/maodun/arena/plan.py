@@ -165,6 +165,9 @@ def refuse_unsupported(
     """Raise UnsupportedError when a spear cannot be used under a threat or on samples of `shape`."""
     import torch
 
+    if 0 in (spear.budget.queries, spear.budget.forwards):
+        reason = "has a budget of 0, which pays for no query"
+        raise InputError(f"spear '{spear.label}'", reason, "give 1 or more, or leave it out for no limit")
     core = Threat(threat.norm, threat.eps, threat.targeted)
     attack.check(torch.zeros((0, *(shape or (1, 8, 8)))), core)
     if attack.kind == "fixed" and math.isinf(threat.eps):

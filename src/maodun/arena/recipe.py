@@ -149,6 +149,9 @@ class ComputeSpec(_Part):
     compile: bool = False
 
 
+_CONDUCT = ("timeout", "retries", "backoff", "rate", "burst", "concurrency", "batch", "most", "allow_remote", "journal")
+
+
 class Recipe(_Part):
     """A whole run: every spear against every shield under every threat on one set of samples.
 
@@ -172,6 +175,10 @@ class Recipe(_Part):
         """Return what decides the records: all but how they are computed and whether they are diagnosed."""
         plain: dict[str, Any] = self.model_dump(mode="json")
         plain["precision"] = plain.pop("compute")["precision"]
+        for shield in plain["shields"]:
+            if shield["model"].startswith(("http:", "https:")):
+                # How a service is treated changes no answer of it: a run may go on at another pace.
+                shield["model_options"] = {k: v for k, v in shield["model_options"].items() if k not in _CONDUCT}
         del plain["diagnostics"]
         return plain
 

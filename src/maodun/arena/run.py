@@ -14,7 +14,7 @@ from maodun.arena.diagnostics import diagnose, findings_name
 from maodun.arena.plan import Unit
 from maodun.arena.progress import Watcher, watcher
 from maodun.arena.recipe import Recipe
-from maodun.arena.setup import Arena, Shield, prepare, versions
+from maodun.arena.setup import Arena, Shield, metered, prepare, versions
 from maodun.arena.summary import RunSummary, summarise
 from maodun.arena.work import Clean, execute
 from maodun.core import admission
@@ -63,8 +63,17 @@ def drive(arena: Arena, watch: Watcher) -> RunSummary:
         except KeyboardInterrupt:
             store.event("interrupted")
             raise
+        finally:
+            for label, bill in bills(arena).items():
+                store.event("bill", shield=label, bill=bill)
     store.event("end")
     return summarise(store)
+
+
+def bills(arena: Arena) -> dict[str, str]:
+    """Return, per shield, what its services have cost in words; shields that cost nothing elsewhere have none."""
+    found = {label: [str(each.bill()) for each in metered(shield)] for label, shield in arena.shields.items()}
+    return {label: "; ".join(lines) for label, lines in found.items() if lines}
 
 
 def _do(arena: Arena, unit: Unit, watch: Watcher) -> None:

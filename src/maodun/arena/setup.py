@@ -17,8 +17,8 @@ from maodun.arena.plan import Cell, Plan, Shard, access, budget, estimator, make
 from maodun.arena.recipe import Recipe, ShieldSpec
 from maodun.arena.store import Store
 from maodun.core import admission
-from maodun.core.errors import InputError
-from maodun.core.oracle import Oracle, is_stochastic
+from maodun.core.errors import InputError, UnsupportedError
+from maodun.core.oracle import Oracle, granted, is_stochastic
 from maodun.core.verdict import Rule
 
 if TYPE_CHECKING:
@@ -113,8 +113,35 @@ def prepare(
         for spec in recipe.shields
     }
     arena = Arena(plan, data, shields, Store(out), place)
+    refuse_blind(arena)
     arena.store.open_for(manifest(arena, command), IDENTITY, expected_bytes(arena))
+    keep_answers(arena)
     return arena
+
+
+def refuse_blind(arena: Arena) -> None:
+    """Raise UnsupportedError for a spear that asks more of a shield than it tells, as gradients of a service."""
+    for cell in arena.plan.cells:
+        try:
+            arena.oracle(arena.shields[cell.shield], cell).refuse(cell.attack.access)
+        except InputError as error:
+            where = f"spear '{cell.spear}' against '{cell.shield}'"
+            remedy = "give it gradient nes or spsa, or take a query attack such as square"
+            blind = granted(arena.shields[cell.shield].model) == "decision"
+            remedy = "take an attack by decisions, such as hopskipjump" if blind else remedy
+            raise UnsupportedError(where, f"{error.thing} {error.reason}", remedy) from None
+
+
+def metered(shield: Shield) -> list[Any]:
+    """Return the parts of a shield that cost queries elsewhere: services with a journal and a bill."""
+    return [module for module in shield.model.modules() if getattr(module, "metered", False)]
+
+
+def keep_answers(arena: Arena) -> None:
+    """Let services keep their answers beside a local store, so that a second start asks for none of them again."""
+    for shield in arena.shields.values():
+        for service in metered(shield) if arena.store.local else ():
+            service.keep_answers(Path(arena.store.root) / "answers")
 
 
 def _device(name: str) -> torch.device:
@@ -154,6 +181,9 @@ def _stochastic(model: nn.Module, data: Dataset, device: torch.device) -> bool:
     """Tell whether a module declares randomness or answers the same few samples in two ways."""
     if is_stochastic(model):
         return True
+    if any(getattr(module, "metered", False) for module in model.modules()):
+        # A service says so itself: to try it out would cost queries.
+        return False
     oracle = Oracle(model)
     few, ids = admission.check_inputs(data.x[:8]).to(device), data.ids[:8].to(device)
     try:

@@ -188,8 +188,6 @@ class Attack(Generic[S]):
     def _skip_wrong(self, problem: Problem, logits: Tensor | None, check_model: bool) -> tuple[Problem, Tensor]:
         session, ledger = problem.session, problem.ledger
         if logits is None:
-            if 0 in (session.oracle.budget.forwards, session.oracle.budget.queries):
-                raise InputError("budget 0", "does not pay for a single query", "give 1 or more, or None for no limit")
             draws = session.oracle.gradient.draws if session.stochastic else 1
             if session.oracle.access == "decision":
                 labels = session.decisions(problem.x, problem.rows)

@@ -121,12 +121,17 @@ class Oracle:
             refuse_training_batchnorm(self.model)
 
     def refuse(self, access: str) -> None:
-        """Raise InputError when an attack that needs `access` cannot be run on this oracle, before it costs a query."""
+        """Raise InputError when an attack that needs `access` cannot be run on this oracle, before it costs a query.
+
+        So is any attack on a budget of no queries or no forwards.
+        """
+        if 0 in (self.budget.queries, self.budget.forwards):
+            raise InputError("budget 0", "does not pay for a single query", "give 1 or more, or None for no limit")
         needs = self.gradient.needs if access == "gradient" else access
         if ACCESS.index(needs) >= ACCESS.index(self.access):
             return
         whose = "the model" if granted(self.model) == self.access else "this oracle"
-        remedy = "NES() or SPSA() as gradient, or a query attack" if self.access == "scores" else "an attack by decisions"
+        remedy = "NES() or SPSA(), or a query attack" if self.access == "scores" else "an attack by decisions"
         raise InputError(f"access '{needs}'", f"is needed, and {whose} grants {self.access} only", f"use {remedy}")
 
     @property

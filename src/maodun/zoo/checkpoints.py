@@ -107,8 +107,14 @@ def apply_weights(model: nn.Module, state: Mapping[str, Tensor], thing: str) -> 
 
 
 def state_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 over names, types, shapes and values of a model's state dict, in hexadecimal."""
+    """Return the SHA-256 over names, types, shapes and values of a model's state dict, in hexadecimal.
+
+    A module whose weights are elsewhere adds its `fingerprint`.
+    """
     digest = hashlib.sha256()
+    for module in model.modules():
+        if isinstance(mark := getattr(module, "fingerprint", None), str):
+            digest.update(f"fingerprint|{mark}|".encode())
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +14,23 @@ from maodun.zoo.architectures import ARCHITECTURES, build_architecture
 from maodun.zoo.cards import ModelCard, all_cards, file_sha256, list_models
 from maodun.zoo.checkpoints import apply_weights, read_weights, state_sha256
 from maodun.zoo.external import bare, load_timm, load_torchvision, load_transformers
+from maodun.zoo.factories import call_factory, find_attribute
 from maodun.zoo.programs import load_exported, load_torchscript
 
-KINDS = ("zoo", "witness", "torchscript", "exported", "torchvision", "timm", "transformers")
+KINDS = (
+    "zoo",
+    "witness",
+    "torchscript",
+    "exported",
+    "torchvision",
+    "timm",
+    "transformers",
+    "onnx",
+    "sklearn",
+    "http",
+    "https",
+)
+FOREIGN = ("onnx", "sklearn", "http", "https")
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,9 @@ def load_model(spec: str, *, weights: str | None = None, options: Mapping[str, A
     Specs: `zoo:NAME` (a model of the package or its checkout, or an architecture when `weights` are given) ·
     `witness:NAME` (published weights under $MAODUN_DATA/weights) ·
     `package.module:factory` or `file.py:factory` · `torchscript:FILE` · `exported:FILE` ·
-    `torchvision:NAME`, `timm:NAME`, `transformers:ID_OR_DIR` (when installed).
+    `torchvision:NAME`, `timm:NAME`, `transformers:ID_OR_DIR` (when installed) · and three kinds that can be asked but
+    not differentiated (zoo/foreign): `onnx:FILE`, `sklearn:package.module:factory` (a fitted estimator),
+    `http://HOST/PATH`.
     `weights` is a .safetensors file or a checkpoint that reads with weights_only; `options` are keyword arguments of
     the architecture or factory. Errors: InputError naming what is wrong: unknown names, missing files, files that
     would run code, keys and shapes that do not fit.
@@ -61,6 +73,8 @@ def load_model(spec: str, *, weights: str | None = None, options: Mapping[str, A
             raise InputError(f"model '{spec}'", "the file brings its weights", "leave out the weights")
         model = load_torchscript(target) if kind == "torchscript" else load_exported(target)
         return LoadedModel(model, Path(target).stem, spec, state_sha256(model))
+    if kind in FOREIGN:
+        return _from_abroad(kind, target, spec, weights, arguments)
     if kind == "torchvision":
         model = load_torchvision(target, spec, arguments, weights is None)
     elif kind == "timm":
@@ -93,6 +107,20 @@ def _from_zoo(kind: str, name: str, spec: str, weights: str | None, options: dic
     return LoadedModel(model, name, spec, state_sha256(model), card if weights is None else None)
 
 
+def _from_abroad(kind: str, target: str, spec: str, weights: str | None, options: dict[str, Any]) -> LoadedModel:
+    from maodun.zoo.foreign import load_estimator, load_onnx, load_remote
+
+    if weights is not None:
+        raise InputError(f"model '{spec}'", "it brings its weights", "leave out the weights")
+    if kind == "onnx":
+        model: nn.Module = load_onnx(target, options)
+    elif kind == "sklearn":
+        model = load_estimator(target, options)
+    else:
+        model = load_remote(spec, options)
+    return LoadedModel(model.eval(), Path(target).stem if kind == "onnx" else target, spec, state_sha256(model))
+
+
 def _weights_of(card: ModelCard, spec: str) -> Path:
     """Return the card's file after comparing its hash."""
     path = card.path()
@@ -122,55 +150,16 @@ def _weights_of(card: ModelCard, spec: str) -> Path:
 
 def _from_factory(module: str, attribute: str, spec: str, options: dict[str, Any]) -> nn.Module:
     """Import `module` (dotted, or a .py file) and call `attribute` with `options`."""
-    holder = _import(module, spec)
-    factory: Any = holder
-    for part in attribute.split("."):
-        if not hasattr(factory, part):
-            public = [name for name in vars(holder) if not name.startswith("_")]
-            raise InputError(f"model '{spec}'", f"'{module}' has no '{part}'", nearest(part, public))
-        factory = getattr(factory, part)
+    thing = f"model '{spec}'"
+    factory = find_attribute(module, attribute, thing, KINDS)
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
-        raise InputError(f"model '{spec}'", "it is neither a module nor callable", "name a function or class")
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as error:
-        raise InputError(f"options of '{spec}'", str(error), "match the factory's arguments") from error
-    except ValueError:
-        pass  # a built-in without a signature: the call itself will tell
-    model = factory(**options)
+        raise InputError(thing, "it is neither a module nor callable", "name a function or class")
+    model = call_factory(factory, options, thing)
     if not isinstance(model, nn.Module):
-        raise InputError(f"model '{spec}'", f"it returned {type(model).__name__}", "return a torch.nn.Module")
+        raise InputError(thing, f"it returned {type(model).__name__}", "return a torch.nn.Module")
     return model
-
-
-def _import(module: str, spec: str) -> Any:
-    if module.endswith(".py"):
-        path = Path(module).expanduser()
-        if not path.is_file():
-            raise InputError(f"model '{spec}'", f"there is no file '{module}'", "check the path")
-        described = importlib.util.spec_from_file_location(path.stem, path)
-        if described is None or described.loader is None:
-            raise InputError(f"model '{spec}'", f"'{module}' cannot be imported", "give a Python file")
-        loaded = importlib.util.module_from_spec(described)
-        described.loader.exec_module(loaded)
-        return loaded
-    # A console script does not look in the folder it is started from; python -m does, and so does this.
-    here = str(Path.cwd())
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        kinds = ", ".join(f"{kind}:" for kind in KINDS)
-        raise InputError(
-            f"model '{spec}'", f"module '{module}' cannot be imported ({error})", f"check the name, or use {kinds}"
-        ) from error
-    finally:
-        if added:
-            sys.path.remove(here)
 
 
 __all__ = ["KINDS", "LoadedModel", "ModelCard", "list_models", "load_model"]

@@ -1,0 +1,470 @@
+"""A service behind a URL as victim: asked once per image, never beyond its limits, and every failure is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Outcome
+from service import Service, serving
+from test_resume_kill import start
+from victims import Nearest
+
+import maodun
+from maodun.arena.store import Store
+from maodun.attacks.query.square import Square
+from maodun.core.errors import InputError, MaodunError, TargetError
+from maodun.core.oracle import Budget, Oracle
+from maodun.core.threat import Threat
+from maodun.zoo import load_data, load_model
+from maodun.zoo.foreign.transport import Bucket
+
+QUICK = {"timeout": 20.0, "retries": 2, "backoff": 0.01}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", limit=24)
+
+
+def remote(url: str, **options: Any) -> Any:
+    return load_model(url, options={**QUICK, **options}).model
+
+
+def scores(model: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+# --- what is sent and what is read
+
+
+@pytest.mark.parametrize(
+    ("options", "rounds"),
+    [
+        ({}, False),
+        ({"batch": 5}, False),
+        ({"body": "npy"}, False),
+        ({"pixels": "byte"}, True),
+        ({"pixels": "png"}, True),
+        ({"body": "png"}, True),
+    ],
+)
+def test_every_transport_brings_the_same_scores_of_the_pixels_it_sends(digits, options, rounds):
+    service = Service()
+    with serving(service) as url:
+        found = scores(remote(url, **options), digits.x)
+    x = torch.round(digits.x * 255) / 255 if rounds else digits.x
+    assert torch.allclose(found, service.model(x), atol=2e-4)
+    assert service.asked.total() == len(digits) + 1
+
+
+@pytest.mark.parametrize("key", ["logits", "probabilities"])
+def test_an_attack_on_a_service_ends_as_on_the_same_model_here(digits, key):
+    attack = {"attack": "square", "options": {"queries": 40}}
+    service = Service(key)
+    with serving(service) as url:
+        there = maodun.evaluate(load_model(url), digits, norm="linf", eps=0.1, attack=attack)
+    here = maodun.evaluate(Nearest().eval(), digits, norm="linf", eps=0.1, attack=attack, diagnostics=False)
+    assert there.cells[0].robust == here.cells[0].robust
+    assert there.cells[0].clean == here.cells[0].clean
+    # Ties between rounded logarithms may cost a query more or less.
+    assert there.cells[0].queries == pytest.approx(here.cells[0].queries, rel=0.05)
+
+
+def test_log_probabilities_keep_the_sign_and_the_order_of_margins(digits):
+    with serving(Service("probabilities")) as url:
+        found = scores(remote(url), digits.x)
+    logits = scores(Nearest(), digits.x)
+    assert torch.allclose(found.log_softmax(1), logits.log_softmax(1), atol=1e-3)
+
+
+def test_a_service_of_labels_grants_decisions_only(digits):
+    with serving(Service("label")) as url:
+        model = remote(url, kind="label", classes=10)
+        assert torch.equal(scores(model, digits.x).argmax(1), scores(Nearest(), digits.x).argmax(1))
+        oracle = Oracle(model)
+        assert oracle.access == "decision"
+        with pytest.raises(InputError, match="'scores': is needed, and the model grants decision only"):
+            Square().run(oracle, digits.x, digits.y, Threat("linf", 0.1))
+
+
+def test_a_mapping_file_and_a_mapping_of_functions(digits, tmp_path):
+    (tmp_path / "map.yaml").write_text("input: inputs\noutput: logits\nbatch: 7\n")
+    (tmp_path / "map.py").write_text(
+        "import json\n"
+        "def build():\n"
+        "    def request(images):\n"
+        "        return json.dumps({'inputs': images.tolist()}).encode(), 'application/json'\n"
+        "    def response(content):\n"
+        "        return [row[::-1] for row in json.loads(content)['logits']]\n"
+        "    return {'request': request, 'response': response}\n"
+    )
+    service = Service()
+    with serving(service) as url:
+        plain = scores(remote(url, mapping=str(tmp_path / "map.yaml")), digits.x)
+        turned = scores(remote(url, mapping=f"{tmp_path / 'map.py'}:build"), digits.x)
+    assert torch.equal(plain, turned.flip(1))
+
+
+# --- misbehaviour
+
+
+def raised(before: Callable[[int, Any], bool], digits: Any, **options: Any) -> tuple[MaodunError, Service]:
+    service = Service(before=before)
+    with serving(service) as url, pytest.raises(TargetError) as caught:
+        scores(remote(url, **options), digits.x)
+    assert "\n" not in str(caught.value)
+    return caught.value, service
+
+
+def test_a_service_that_does_not_answer_is_given_up_after_the_retries(digits):
+    error, service = raised(lambda n, handler: time.sleep(0.6) or True, digits, timeout=0.15, retries=1)
+    assert "does not answer within 0.15 s, 2 times" in str(error)
+    assert service.requests == 2
+
+
+def test_an_answer_that_trickles_is_a_timeout(digits):
+    def trickle(n: int, handler: Any) -> bool:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        for _ in range(8):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.05)
+        return True
+
+    error, _ = raised(trickle, digits, timeout=0.2, retries=0)
+    assert "does not answer within 0.2 s" in str(error)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_failures_that_pass_are_waited_for(digits, status):
+    service = Service(before=lambda n, handler: n <= 2 and handler.say(status, b"later", Retry_After="0"))
+    with serving(service) as url:
+        model = remote(url)
+        assert torch.allclose(scores(model, digits.x), service.model(digits.x), atol=1e-4)
+        assert service.requests == model.bill().requests == 5
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "words"),
+    [
+        (200, b"<html>welcome</html>", "it is no JSON (<html>welcome</html>)"),
+        (200, b'{"answer": 42}', "it holds answer, and none of logits, scores"),
+        (200, b'{"logits": [[1, 2, 3], [1, 2, 3]]}', "its scores have shape (2, 3) instead of (1, classes)"),
+        (200, b'{"logits": [[1, 2], [3]]}', "not a table of numbers"),
+        (200, b'{"logits": "yes"}', "not a table of numbers"),
+        (200, b'{"scores": [[NaN, 1.0]]}', "not all finite"),
+        (200, b'{"label": [3]}', "it tells labels only, which kind=label and classes=N have to announce"),
+        (200, b"", "it is no JSON (empty)"),
+        (404, b"no such page", "answers 404 (no such page)"),
+        (401, b"who are you", "answers 401 (who are you)"),
+    ],
+)
+def test_garbage_is_told_at_once_and_in_one_line(digits, status, content, words):
+    error, service = raised(lambda n, handler: handler.say(status, content), digits)
+    assert words in str(error)
+    assert service.requests == 1
+
+
+def test_another_number_of_classes_half_way_is_garbage(digits):
+    few = json.dumps({"logits": [[1.0, 2.0]]}).encode()
+    error, _ = raised(lambda n, handler: n == 4 and handler.say(200, few), digits, batch=1, concurrency=1)
+    assert "it has 2 classes instead of 10" in str(error)
+
+
+def test_labels_beyond_the_classes_are_garbage(digits):
+    service = Service("label")
+    with serving(service) as url, pytest.raises(TargetError, match="none of its 3 classes"):
+        scores(remote(url, kind="label", classes=3), digits.x)
+
+
+def test_redirects_are_refused(digits):
+    elsewhere = Service()
+    with serving(elsewhere) as away:
+        error, service = raised(lambda n, handler: handler.say(307, b"", Location=away), digits)
+    assert "redirects to" in str(error)
+    assert (service.requests, elsewhere.requests) == (1, 0)
+
+
+def test_a_service_that_changes_its_mind_is_refused_unless_it_is_announced(digits):
+    class Moody(Service):
+        def reply(self, x):
+            said = np.asarray(super().reply(x)["logits"])
+            return {"logits": (said + np.random.default_rng().normal(0, 1.0, said.shape)).tolist()}
+
+    service = Moody()
+    with serving(service) as url:
+        with pytest.raises(TargetError, match="answers the same image in two ways; give stochastic=true"):
+            scores(remote(url), digits.x)
+        model = load_model(url, options={**QUICK, "stochastic": True})
+        attack = {"attack": "square", "options": {"queries": 3}}
+        found = maodun.evaluate(model, digits.take(6), norm="linf", eps=0.05, attack=attack, draws=4)
+        assert found.cells[0].draws == 4
+        assert model.model.bill().reused == 0
+
+
+# --- limits
+
+
+def test_the_rate_is_kept(digits):
+    service = Service()
+    with serving(service) as url:
+        scores(remote(url, batch=1, rate=40, concurrency=4), digits.x[:9])
+    assert service.requests == 10
+    assert service.times[-1] - service.times[0] >= 9 / 40 * 0.9
+
+
+def test_a_bucket_saves_no_more_than_its_burst():
+    bucket = Bucket(10.0, 2)
+    waits = [bucket.take() for _ in range(4)]
+    assert waits[:2] == [0.0, 0.0]
+    assert waits[2:] == pytest.approx([0.1, 0.2], abs=0.02)
+
+
+def test_no_more_requests_at_once_than_allowed(digits):
+    # After the first image, which is asked for alone, nine requests wait for each other in threes.
+    gate = threading.Barrier(3)
+    service = Service(before=lambda n, handler: n > 2 and gate.wait(20) < 0)
+    with serving(service) as url:
+        scores(remote(url, batch=1, concurrency=3), digits.x[:10])
+    assert service.most_busy == 3
+
+
+def test_no_image_is_sent_beyond_the_most(digits):
+    service = Service()
+    with serving(service) as url:
+        model = remote(url, batch=4, most=11, concurrency=1)
+        with pytest.raises(TargetError, match="10 images have been sent, and most=11 are allowed"):
+            scores(model, digits.x)
+    assert service.asked.total() == 10
+
+
+@pytest.mark.parametrize("budget", [1, 2, 7])
+def test_the_budget_of_a_sample_holds_to_the_query(digits, budget):
+    service = Service()
+    right = scores(Nearest(), digits.x).argmax(1) == digits.y
+    x, y = digits.x[right][:1], digits.y[right][:1]
+    with serving(service) as url:
+        oracle = Oracle(remote(url), access="scores", budget=Budget(queries=budget))
+        found = Square(queries=50).run(oracle, x, y, Threat("linf", 1e-4))
+    assert found.queries.tolist() == [budget]
+    # One more for the first image, which is asked for twice before anything else; equal points are asked for once.
+    assert service.asked.total() <= budget + 1
+
+
+def test_a_budget_of_nothing_is_one_line(maodun: Callable[..., Outcome], tmp_path, digits):
+    service = Service()
+    with serving(service) as url:
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(
+            f"data: {{spec: digits, limit: 4}}\nthreats: [{{norm: linf, eps: 0.1}}]\nshields: [{{model: '{url}'}}]\n"
+            "spears: [{attack: square, budget: {queries: 0}}]\n"
+        )
+        assert "has a budget of 0" in maodun("arena", recipe, "--out", tmp_path / "run").error
+        with pytest.raises(InputError, match="does not pay for a single query"):
+            Square().run(Oracle(remote(url), budget=Budget(queries=0)), digits.x, digits.y, Threat("linf", 0.1))
+    assert service.requests == 0
+
+
+# --- addresses and secrets
+
+
+@pytest.fixture
+def no_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: Any) -> None:
+        raise AssertionError("a packet was sent")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "[2001:db8::1]", "0.0.0.0", "10.0.0.1:8000"])
+def test_other_machines_are_refused_before_any_packet(no_packets, host, maodun: Callable[..., Outcome]):
+    with pytest.raises(InputError, match="which is not this machine; give --allow-remote"):
+        load_model(f"http://{host}/predict")
+    words = ("--data", "digits", "--limit", 4, "--attack", "square", "--eps", 0.1)
+    assert "which is not this machine" in maodun("evaluate", "--model", f"http://{host}/predict", *words).error
+
+
+def test_every_address_of_a_name_must_be_this_machine(monkeypatch, no_packets):
+    def resolve(*words: Any, **more: Any) -> list[Any]:
+        return [(2, 1, 6, "", (address, 80)) for address in ("127.0.0.1", "192.0.2.7")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(InputError, match=r"classifier.example is 192\.0\.2\.7"):
+        load_model("http://classifier.example/predict")
+
+
+def test_a_name_cannot_be_made_to_mean_another_machine_later(monkeypatch, digits):
+    plain = socket.getaddrinfo
+    with serving(Service()) as url:
+        port = url.split(":")[2].split("/")[0]
+        monkeypatch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda host, *words, **more: plain("127.0.0.1" if host == "toy" else host, *words, **more),
+        )
+        model = remote(f"http://toy:{port}/predict")
+
+        def later(host: str, *words: Any, **more: Any) -> Any:
+            assert host == "127.0.0.1"
+            return plain(host, *words, **more)
+
+        monkeypatch.setattr(socket, "getaddrinfo", later)
+        assert scores(model, digits.x).shape == (24, 10)
+
+
+def test_allow_remote_is_refused_where_nothing_is_sent(maodun: Callable[..., Outcome]):
+    words = ("--data", "digits", "--attack", "square", "--eps", 0.1, "--allow-remote")
+    assert "is of no use for 'zoo:digits-cnn'" in maodun("evaluate", "--model", "zoo:digits-cnn", *words).error
+
+
+def test_tokens_come_from_the_environment_and_are_kept_nowhere(digits, monkeypatch, tmp_path):
+    monkeypatch.setenv("TOY_TOKEN", "hush-hush-123")
+    service = Service()
+    with serving(service) as url:
+        model = load_model(url + "?key=${TOY_TOKEN}", options={"headers": {"Authorization": "Bearer ${TOY_TOKEN}"}})
+        attack = {"attack": "square", "options": {"queries": 2}}
+        maodun.evaluate(model, digits.take(4), norm="linf", eps=0.1, attack=attack, out=tmp_path / "run")
+    assert all(each["Authorization"] == "Bearer hush-hush-123" for each in service.headers)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 4
+    assert not any(b"hush-hush" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize(
+    ("url", "headers", "words"),
+    [
+        ("http://me:secret@127.0.0.1/x", {}, "has a password in its URL"),
+        ("http://127.0.0.1/x?api_key=123", {}, "'api_key' is written out"),
+        ("http://127.0.0.1/x", {"Authorization": "Bearer 123"}, "'Authorization' is written out"),
+        ("http://127.0.0.1/x", {"X-Api-Key": "${NO_SUCH_VARIABLE_HERE}"}, "NO_SUCH_VARIABLE_HERE is not set"),
+    ],
+)
+def test_secrets_that_are_written_out_are_refused(url, headers, words):
+    with pytest.raises(InputError, match=words) as caught:
+        load_model(url, options={"headers": headers})
+    assert "secret@" not in str(caught.value)
+    assert "123" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"timeouts": 3}, "has no option 'timeouts'; did you mean 'timeout'"),
+        ({"body": "xml"}, "option 'body' is wrong"),
+        ({"kind": "label"}, "how many classes there are is not known"),
+        ({"classes": 1}, "leaves nothing to confuse"),
+        ({"mapping": "nowhere.yaml"}, "mapping 'nowhere.yaml': it cannot be read"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_without_a_query(options, words):
+    with pytest.raises(InputError, match=words):
+        load_model("http://127.0.0.1:9/predict", options=options)
+
+
+def test_a_model_that_needs_gradients_is_refused_before_the_first_query(maodun: Callable[..., Outcome], tmp_path):
+    service = Service()
+    with serving(service) as url:
+        words = ("--data", "digits", "--limit", 4, "--eps", 0.1, "--out", tmp_path / "run")
+        error = maodun("evaluate", "--model", url, "--attack", "pgd", *words).error
+    assert "access 'gradient' is needed, and the model grants scores only; give it gradient nes" in error
+    assert service.requests == 0
+    assert not (tmp_path / "run").exists()
+
+
+# --- nothing is asked twice
+
+
+def command(url: str, out: Path, *more: object) -> tuple[object, ...]:
+    quick = [word for key, value in QUICK.items() for word in ("--model-option", f"{key}={value}")]
+    attack = ("--attack", "square:queries=30", "--access", "scores", "--query-budget", 25)
+    data = ("--data", "digits", "--limit", 12, "--eps", 0.1)
+    return ("evaluate", "--model", url, *data, *attack, "--out", out, *quick, *more)
+
+
+def asked_once(service: Service) -> None:
+    counts = sorted(service.asked.values())
+    assert counts[-2:] == [1, 2], "only the very first image may be asked for twice"
+
+
+def test_a_service_that_fails_half_way_costs_no_answer(maodun: Callable[..., Outcome], tmp_path):
+    service = Service(before=lambda n, handler: 10 <= n < 13 and handler.say(500, b"ouch"))
+    with serving(service) as url:
+        out = tmp_path / "run"
+        error = maodun(*command(url, out)).error
+        assert f"answers 500, 3 times; see to the service; the same command line goes on (--out {out})" in error
+        # At another pace it is still the same run.
+        again = maodun(*command(url, out, "--model-option", "rate=2000"))
+        assert again.code == 0, again.err
+        asked_once(service)
+        bill = [event["bill"] for event in Store(out).events() if event["event"] == "bill"][-1]
+        assert bill.startswith(f"{service.requests:,} requests")
+        assert bill.split(" answers kept")[0].endswith(f" {len(service.asked):,}")
+        assert bill.split(",")[0] in again.out
+        assert "holds a run of another recipe" in maodun(*command(url, out, "--model-option", "output=logits")).error
+
+
+def test_an_answer_is_for_one_target_only(tmp_path, digits):
+    journal = str(tmp_path / "mine.bin")
+    with serving(Service()) as one, serving(Service()) as two:
+        scores(remote(one, journal=journal), digits.x)
+        with pytest.raises(MaodunError, match="holds the answers of another target"):
+            remote(two, journal=journal)
+
+
+@pytest.mark.slow
+def test_killed_runs_ask_for_no_image_twice(tmp_path, maodun: Callable[..., Outcome]):
+    victim: list[int] = []
+    deaths = {4, 30, 90}
+
+    def kill(n: int, handler: Any) -> bool:
+        if n not in deaths:
+            return False
+        os.kill(victim[-1], signal.SIGKILL)
+        return True
+
+    service = Service(before=kill)
+    recipe, out = tmp_path / "r.yaml", tmp_path / "run"
+    with serving(service) as url:
+        recipe.write_text(
+            "data: {spec: digits, limit: 16}\nthreats: [{norm: linf, eps: 0.1}]\nshard_size: 8\n"
+            f"shields: [{{model: '{url}', model_options: {{batch: 4, concurrency: 1, backoff: 0.01}}}}]\n"
+            "spears: [{attack: square, options: {queries: 40}}]\n"
+        )
+        for _ in deaths:
+            process = start(recipe, out)
+            victim.append(process.pid)
+            process.join(100)
+            assert process.exitcode == -signal.SIGKILL
+        process = start(recipe, out)
+        process.join(100)
+        assert process.exitcode == 0
+    asked_once(service)
+    bill = [event["bill"] for event in Store(out).events() if event["event"] == "bill"][-1]
+    # Requests whose answers a kill swallowed are on the bill too.
+    assert bill.startswith(f"{service.requests:,} requests with ")
+    assert service.requests > max(deaths)
+    same = tmp_path / "same.yaml"
+    same.write_text(
+        recipe.read_text().partition("shields")[0] + "shields: [{model: 'victims:linear'}]\n"
+        "spears: [{attack: square, options: {queries: 40}}]\ndiagnostics: false\n"
+    )
+    from maodun.arena.summary import summarise
+
+    assert maodun("arena", same, "--out", tmp_path / "same", "--quiet").code == 0
+    there, here = (summarise(str(folder)).cells[0] for folder in (out, tmp_path / "same"))
+    assert (there.robust, there.clean, there.queries) == (here.robust, here.clean, here.queries)
