@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from maodun.arena.train_recipe import InnerAttack, TrainRecipe, load_train_recipe
+from maodun.arena.objectives import InnerAttack, build_objective
+from maodun.arena.train_recipe import TrainRecipe, load_train_recipe
 from maodun.attacks.registry import build_attack
 from maodun.core.engine import Attack
 from maodun.core.errors import InputError
@@ -22,15 +23,12 @@ from maodun.core.oracle import Oracle
 from maodun.core.threat import Threat
 from maodun.core.verdict import Interval, interval, judge
 from maodun.defenses.training import (
-    AdversarialTraining,
     Distillation,
     FitReport,
     FitSettings,
-    Inner,
     NoAugmentation,
     Objective,
     ShiftFlip,
-    Standard,
     fit,
     soft_labels,
     split_holdout,
@@ -118,12 +116,9 @@ class _Run:
             teacher, _ = self.phase("teacher", Distillation(spec.temperature), seed)
             soft = soft_labels(teacher, self.x, spec.temperature)
             return self.phase("student", Distillation(spec.temperature, soft), seed + 1)
-        if spec.inner is None:
-            return self.phase("model", Standard(spec.smoothing), seed)
-        attack, threat = _spear(spec.inner)
-        steps = self.recipe.fit.epochs * math.ceil(self.x.shape[0] / self.recipe.fit.batch_size)
-        inner = Inner(attack, threat, seed, round(spec.ramp * steps))
-        return self.phase("model", AdversarialTraining(inner, spec.smoothing), seed)
+        per_epoch = math.ceil(self.x.shape[0] / self.recipe.fit.batch_size)
+        objective = build_objective(spec, seed=seed, per_epoch=per_epoch, epochs=self.recipe.fit.epochs)
+        return self.phase("model", objective, seed)
 
     def phase(self, name: str, objective: Objective, seed: int) -> tuple[nn.Module, FitReport]:
         """Train one model with `objective`, from its checkpoint where there is one."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from maodun.arena.recipe import Radius
+from maodun.arena.objectives import InnerAttack, ObjectiveSpec
 from maodun.core.errors import InputError, nearest
 
 
@@ -23,30 +23,6 @@ class TrainData(_Part):
     split: str = "train"
     limit: int | None = Field(default=None, ge=1)
     validation: float = Field(default=0.1, gt=0, lt=1)
-
-
-class InnerAttack(_Part):
-    """An attack by name with its options, in a ball of radius `eps` of `norm`."""
-
-    attack: str = "pgd"
-    options: dict[str, Any] = Field(default_factory=dict)
-    norm: Literal["linf", "l2", "l1"] = "linf"
-    eps: Radius
-
-
-class ObjectiveSpec(_Part):
-    """What is minimised.
-
-    standard: cross-entropy. adversarial: cross-entropy at the inputs that `inner` finds. distillation: a teacher at
-    `temperature` on hard labels, then a student at the same temperature on the teacher's soft ones.
-    `ramp` in [0, 1] is the share of the steps over which the inner radius grows to its full size.
-    """
-
-    kind: Literal["standard", "adversarial", "distillation"] = "standard"
-    inner: InnerAttack | None = None
-    temperature: float = Field(default=1.0, gt=0)
-    ramp: float = Field(default=0.0, ge=0, le=1)
-    smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
 class AugmentSpec(_Part):
@@ -112,29 +88,47 @@ class TrainRecipe(_Part):
 
 def load_train_recipe(path: str | Path) -> TrainRecipe:
     """Return the training recipe of a YAML file; InputError names the file, the line and what is wrong."""
+    recipe = read_recipe(path, TrainRecipe)
+    recipe.objective.check(f"recipe '{path}'")
+    return recipe
+
+
+def trains_attack(path: str | Path) -> bool:
+    """Tell whether the YAML file at `path` describes an attack to be trained: its top level names one."""
+    content, _ = _yaml(path)
+    return isinstance(content, dict) and "attack" in content
+
+
+def _yaml(path: str | Path) -> tuple[Any, yaml.Node | None]:
     source = str(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
-        content, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"recipe '{source}'", f"it cannot be read ({error.strerror})", "check the path") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"recipe '{source}'" + (f", line {mark.line + 1}" if mark else "")
         raise InputError(where, "it is not valid YAML", "check indents, colons and quotes") from error
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def read_recipe(path: str | Path, kind: type[R]) -> R:
+    """Return the YAML file at `path` as a `kind`; InputError names the file, the line and what is wrong."""
+    source = str(path)
+    content, node = _yaml(path)
     try:
-        recipe = TrainRecipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         where = f"recipe '{source}', line {_line(node, first['loc'])}"
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _known(first["loc"][:-1])
+            known = _known(kind, first["loc"][:-1])
             raise InputError(where, f"unknown key '{name}'", nearest(str(first["loc"][-1]), known)) from error
         raise InputError(where, f"'{name}' is wrong ({first['msg']})", "correct the value") from error
-    if recipe.objective.kind == "adversarial" and recipe.objective.inner is None:
-        raise InputError(f"recipe '{source}'", "adversarial training has no inner attack", "add objective.inner")
-    return recipe
 
 
 def _line(node: yaml.Node | None, place: tuple[str | int, ...]) -> int:
@@ -150,9 +144,8 @@ def _line(node: yaml.Node | None, place: tuple[str | int, ...]) -> int:
     return line
 
 
-def _known(place: tuple[str | int, ...]) -> list[str]:
-    """Return the keys allowed at `place`."""
-    model: type[BaseModel] = TrainRecipe
+def _known(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
+    """Return the keys allowed at `place` of a recipe."""
     for part in place:
         annotation = model.model_fields[str(part)].annotation
         choices = [annotation, *getattr(annotation, "__args__", ())]

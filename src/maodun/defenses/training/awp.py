@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,19 +67,24 @@ class AWP:
 
     def moved(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> dict[str, Tensor]:
         """Return the moved weights by name, with a graph to the true ones."""
-        weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+        places = {name: p for name, p in _places(model) if p.requires_grad and p.ndim > 1}
+        weights = list(dict.fromkeys(places.values()))
         # The probe must not teach batch norm or the objective anything.
-        buffers = {name: value.clone() for name, value in model.named_buffers()}
+        buffers = {
+            f"{path}.{name}".lstrip("."): value.clone()
+            for path, module in model.named_modules()
+            for name, value in module.named_buffers(recurse=False)
+        }
         kept = {name: value.clone() for name, value in self.base.state().items()}
         value = self.base.loss(_At(model, buffers), batch, x_adv)
         self.base.restore(kept)
-        gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+        gradients = torch.autograd.grad(value, weights, allow_unused=True)
         moved = {}
-        for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
                 size = self.gamma * weight.detach().norm() / (gradient.norm() + 1e-20)
-                moved[name] = weight + size * gradient
-        return moved
+                moved[weight] = weight + size * gradient
+        return {name: moved[weight] for name, weight in places.items() if weight in moved}
 
     def state(self) -> dict[str, Tensor]:
         """Return the base's state."""
@@ -89,16 +95,23 @@ class AWP:
         self.base.restore(state)
 
 
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every place that holds a parameter, by its path; shared weights have several, and each module one path.
+
+    A training loop's wrapper may register one module twice; replaced by both paths, it would not be put back.
+    """
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield f"{path}.{name}".lstrip("."), parameter
+
+
 class _At(nn.Module):
-    """A model with some parameters or buffers replaced for the length of each call; holds no parameter of its own."""
+    """A model with some parameters or buffers replaced for the length of each call."""
 
     def __init__(self, model: nn.Module, replaced: dict[str, Tensor]) -> None:
         super().__init__()
-        # Kept out of the registry of submodules: this is a view, not an owner.
-        object.__setattr__(self, "model", model)
-        object.__setattr__(self, "replaced", replaced)
+        self.model, self.replaced = model, replaced
 
     def forward(self, x: Tensor) -> Tensor:
-        model: nn.Module = self.model  # type: ignore[assignment]
-        result: Tensor = functional_call(model, self.replaced, (x,))  # type: ignore[arg-type]
+        result: Tensor = functional_call(self.model, self.replaced, (x,), tie_weights=False)
         return result

@@ -22,10 +22,12 @@ def feature_layer(model: nn.Module, x: Tensor, name: str | None = None) -> nn.Mo
     """
     if name is not None:
         modules = dict(model.named_modules())
-        if name not in modules:
+        # The training loop may have wrapped the model, which puts a word before every path.
+        paths = [path for path in modules if path == name or path.endswith("." + name)]
+        if not paths:
             some = ", ".join(list(modules)[1:9])
             raise InputError(f"layer '{name}'", "is not a module of the model", f"use one of {some}, ...")
-        found: nn.Module = modules[name]
+        found: nn.Module = modules[min(paths, key=len)]
         return found
     finished: list[tuple[nn.Module, bool]] = []
 
