@@ -45,8 +45,10 @@ def parse_options(pairs: Sequence[str], *, thing: str) -> dict[str, Any]:
 
 
 def parse_named(text: str, *, thing: str) -> tuple[str, dict[str, Any]]:
-    """Return name and options of "name:key=value:key=value", as in "pgd:steps=10:restarts=2"."""
+    """Return name and options of "name:key=value:key=value", as in "pgd:steps=10:restarts=2" or "file:PATH:draws=3"."""
     name, *pairs = text.split(":")
+    if name.strip() == "file" and pairs:
+        name, pairs = f"file:{pairs[0]}", pairs[1:]
     if not name.strip():
         raise wrong(f"{thing} '{text}'", "has no name", f"write {thing} pgd:steps=10, for example")
     return name.strip(), parse_options(pairs, thing=thing)
@@ -105,6 +107,8 @@ class Flags:
     targeted: o.Targeted = False
     gradient: o.Gradient = "exact"
     eot: o.Eot = 1
+    surrogate: o.Surrogate = None
+    fusion: o.Fusion = "logits"
     access: o.Access = None
     query_budget: o.Budget = None
     rule: o.Rule = "auto"
@@ -133,6 +137,8 @@ class Flags:
                 "options": chosen,
                 "gradient": self.gradient,
                 "eot": self.eot,
+                "surrogate": [spec.strip() for spec in (self.surrogate or "").split(",") if spec.strip()],
+                "fusion": self.fusion,
                 "access": self.access,
                 "budget": {"queries": self.query_budget},
                 "name": _spell(name, chosen) if repeated else "",

@@ -53,6 +53,8 @@ Targeted = Annotated[bool, _flag(_HOW, "The wrong class is chosen beforehand.", 
 Gradient = Annotated[str, _flag(_HOW, "exact, bpda, nes or spsa.")]
 Eot = Annotated[int, _flag(_HOW, "Draws averaged per gradient of a stochastic defence.", min=1)]
 
+Surrogate = Annotated[str | None, _flag(_HOW, "Models to search on instead, separated by commas: transfer.")]
+Fusion = Annotated[str, _flag(_HOW, "What several surrogates' answers are averaged as: logits or probabilities.")]
 Access = Annotated[str | None, _flag(_HOW, "gradient, scores or decision; left out: what the attack needs.")]
 Budget = Annotated[int | None, _flag(_HOW, "The most queries one sample may cost.", "--query-budget", min=1)]
 

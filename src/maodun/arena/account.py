@@ -128,6 +128,9 @@ def _cell(records: Records) -> CellSummary:
         calibration_adversarial=metrics.calibration(columns["adv_probs"], columns["label"]),
         reference=about["reference"],
         command=about["command"],
+        surrogates=about.get("surrogates", []),
+        hooks=about.get("hooks", ""),
+        white_box=about.get("white_box", False),
     )
 
 

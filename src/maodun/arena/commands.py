@@ -38,6 +38,8 @@ def evaluate_command(recipe: Recipe, cell: Cell) -> str | None:
     words += ["--attack", attack]
     words += ["--gradient", spear.gradient] if spear.gradient != "exact" else []
     words += ["--eot", str(spear.eot)] if spear.eot > 1 else []
+    words += ["--surrogate", ",".join(spear.surrogate)] if spear.surrogate else []
+    words += ["--fusion", spear.fusion] if spear.fusion != "logits" else []
     words += ["--access", spear.access] if spear.access else []
     words += ["--query-budget", str(spear.budget.queries)] if spear.budget.queries else []
     verdict = recipe.verdict

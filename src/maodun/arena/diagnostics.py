@@ -58,7 +58,7 @@ def diagnose(arena: Arena, shield: Shield) -> list[Finding]:
 
 def _laboratories(arena: Arena, shield: Shield) -> Iterator[Laboratory]:
     """Yield a laboratory per norm (at its first radius) and distinct way to get gradients."""
-    cells = [cell for cell in arena.plan.cells if cell.shield == shield.label]
+    cells = [cell for cell in arena.plan.cells if cell.shield == shield.label and not cell.spec.surrogate]
     cells = [cell for cell in cells if cell.attack.access == "gradient" and cell.spec.gradient in ("exact", "bpda")]
     first = {(cell.threat.norm, *_way(shield, cell.spec)): cell for cell in reversed(cells)}
     alone = len({key[1:] for key in first}) == 1

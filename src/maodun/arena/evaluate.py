@@ -20,6 +20,7 @@ from maodun.arena.recipe import Recipe, ThreatSpec, make_recipe, parse_radius
 from maodun.arena.run import run
 from maodun.arena.store import Store
 from maodun.arena.summary import RunSummary
+from maodun.arena.surrogates import fused, load_surrogate
 from maodun.attacks.artifacts import TrainedAttack
 from maodun.core.engine import Attack, Candidates, Progress
 from maodun.core.errors import InputError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from maodun.zoo import Dataset, LoadedModel
 
 Spear = str | dict[str, Any] | Attack[Any]
+Surrogates = str | nn.Module | Sequence[str | nn.Module]
 
 
 def attack(
@@ -43,6 +45,7 @@ def attack(
     targets: Tensor | None = None,
     gradient: str = "exact",
     eot: int = 1,
+    surrogate: Surrogates | None = None,
     seed: int = 0,
     ids: Tensor | None = None,
     batch_size: int | None = None,
@@ -54,8 +57,10 @@ def attack(
 
     `name` is an attack of `maodun list attacks` and `options` are its own, as `steps=40`. `eps` may be a fraction in
     words, "8/255"; None leaves the radius open for least-distance attacks. `targets` (N,) ask for given classes.
-    `gradient` is exact, bpda, nes or spsa, averaged over `eot` draws. The result's `x_adv` holds the clean input where
-    nothing was found. What it says of its own success is the search's opinion; `evaluate` gives the verdict.
+    `gradient` is exact, bpda, nes or spsa, averaged over `eot` draws. With `surrogate` (a model, a specification or
+    several of them, which make an ensemble) the search sees these instead of `model` and always goes its whole way.
+    The result's `x_adv` holds the clean input where nothing was found. What it says of its own success is the search's
+    opinion; `evaluate` gives the verdict.
     Raises InputError or UnsupportedError with a reason for what cannot be meant.
     """
     threat = _threat(norm, eps, targets is not None)
@@ -63,14 +68,20 @@ def attack(
     spear = _recipe({"spears": [content]}).spears[0]
     chosen = build(spear)
     refuse_unsupported(spear, chosen, threat, tuple(x.shape[1:]))
+    place = _device_of(model, x)
+    stand_ins = {} if surrogate is None else _stand_ins(surrogate)
+    if stand_ins:
+        few = x[:2].to(place)
+        loaded = {spec: load_surrogate(spec, few, {"model": model}, place, each) for spec, each in stand_ins.items()}
+        seen = fused(loaded, spear.model_copy(update={"surrogate": tuple(loaded)}))
     oracle = Oracle(
-        model,
+        seen if stand_ins else model,
         access=access(spear, chosen),
         gradient=estimator(spear),
         batch_size=batch_size,
         precision=precision,
+        surrogate=bool(stand_ins),
     )
-    place = _device_of(model, x)
     return chosen.run(
         oracle,
         x.to(place),
@@ -95,6 +106,7 @@ def evaluate(
     defense_options: dict[str, Any] | None = None,
     gradient: str = "exact",
     eot: int = 1,
+    surrogate: Surrogates | None = None,
     rule: str = "auto",
     draws: int = 10,
     limit: int | None = None,
@@ -110,14 +122,17 @@ def evaluate(
     `model` is any module from [0, 1] inputs to logits, or a specification such as "zoo:digits-cnn". `data` is a pair
     (x, y), an iterable of such pairs (a DataLoader), a Dataset, or a specification such as "digits". `eps` is one
     radius or several. `attack` is "pgd,deepfool", a name, an Attack, a recipe's spear as a mapping, or a list of
-    these. With `out` the run is kept there, with its adversarial inputs, and resumed by the same call.
-    The result's `robust` is the worst case over all attacks, `cells` has each of them, `findings` the suspicions.
+    these. `surrogate` (a model, a specification, or several) is what the spears search on instead of the model, which
+    then only passes the verdict. With `out` the run is kept there, with its adversarial inputs, and resumed by the same
+    call. The result's `robust` is the worst case over all attacks, `cells` has each of them, `findings` the suspicions.
     Raises InputError, UnsupportedError or StoreError with a reason.
     """
     samples = _samples(data, limit)
     module, spec = _module(model)
     label = spec.removeprefix(GIVEN) + ("" if defense == "none" else f" + {defense}")
     radii = list(eps) if isinstance(eps, Sequence) and not isinstance(eps, str) else [eps]
+    stand_ins = {} if surrogate is None else _stand_ins(surrogate)
+    spears = [{"surrogate": list(stand_ins), **spear} for spear in _spears(attack, gradient, eot)]
     recipe = _recipe(
         {
             "name": f"{label} on {samples.spec}",
@@ -125,7 +140,7 @@ def evaluate(
             "data": {"spec": samples.spec, "limit": limit},
             "threats": [_threat(norm, radius, targeted).model_dump(mode="json") for radius in radii],
             "shields": [{"name": label, "model": spec, "defense": defense, "options": defense_options or {}}],
-            "spears": _spears(attack, gradient, eot),
+            "spears": spears,
             "verdict": {"rule": rule, "draws": draws},
             "diagnostics": diagnostics,
             "adversarials": out is not None,
@@ -134,9 +149,12 @@ def evaluate(
     )
     place = "cpu" if module is None else str(_device_of(module, samples.x))
     models = None if module is None else {label: module}
+    given = {spec: each for spec, each in stand_ins.items() if each is not None}
     names = ",".join(spear.label for spear in recipe.spears)
     line = f'maodun.evaluate({label}, {samples.spec}, norm="{norm}", eps={eps!r}, attack="{names}", seed={seed})'
-    start = functools.partial(run, recipe, progress=progress, command=line, device=place, models=models, data=samples)
+    start = functools.partial(
+        run, recipe, progress=progress, command=line, device=place, models=models, surrogates=given, data=samples
+    )
     if out is not None:
         return start(out)
     folder = f"memory://maodun/{uuid.uuid4().hex}"
@@ -171,6 +189,18 @@ def _device_of(model: nn.Module, x: Tensor) -> torch.device:
     """Return where the model lives: inputs go to the model, never the model to the inputs."""
     held = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in held), x.device)
+
+
+def _stand_ins(surrogate: Surrogates) -> dict[str, nn.Module | None]:
+    """Return the surrogates by specification; a module is given itself, with a specification made up for it."""
+    several = [surrogate] if isinstance(surrogate, str | nn.Module) else list(surrogate)
+    if not several:
+        raise InputError("surrogate", "names no model", "give a module or a specification, or leave it out")
+    found: dict[str, nn.Module | None] = {}
+    for number, each in enumerate(several):
+        module, spec = _module(each)
+        found[spec if module is None else f"{spec}-{number + 1}"] = module
+    return found
 
 
 def _module(model: nn.Module | LoadedModel | str) -> tuple[nn.Module | None, str]:

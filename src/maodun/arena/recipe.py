@@ -105,11 +105,18 @@ class BudgetSpec(_Part):
     queries: int | None = Field(default=None, ge=0)
 
 
+def _several(value: object) -> object:
+    """Return one text as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 class SpearSpec(_Part):
     """How it is attacked: an attack with its options, its gradient estimator, EOT draws, access and budget.
 
     `eot` is the number of draws averaged per gradient (1: no averaging); `access` None means what the
-    attack needs; `norms` restricts the spear to the threats of these norms.
+    attack needs; `norms` restricts the spear to the threats of these norms. With `surrogate` (model specifications)
+    the search sees these models instead of the shield, several as an ensemble of mean logits or probabilities
+    (`fusion`), and what it ends with is judged on the shield.
     """
 
     attack: str
@@ -121,13 +128,22 @@ class SpearSpec(_Part):
     access: Literal["gradient", "scores", "decision"] | None = None
     budget: BudgetSpec = BudgetSpec()
     norms: tuple[Literal["linf", "l2", "l1", "l0", "flow"], ...] | None = None
+    surrogate: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    fusion: Literal["logits", "probabilities"] = "logits"
+
+    @property
+    def origin(self) -> str:
+        """The surrogates in short, as "cifar10-vgg + cifar10-densenet"; empty without."""
+        return " + ".join(spec.partition(":")[2] or spec for spec in self.surrogate)
 
     @property
     def label(self) -> str:
-        """The given name, or the attack's with its estimator."""
+        """The given name, or the attack's with its estimator and surrogates."""
         extra: list[str] = [self.gradient] if self.gradient != "exact" else []
         extra += [f"eot {self.eot}"] if self.eot > 1 else []
-        return self.name or self.attack + (f" ({', '.join(extra)})" if extra else "")
+        extra += [self.fusion] if self.fusion != "logits" else []
+        words = self.attack + (f" ({', '.join(extra)})" if extra else "")
+        return self.name or (f"{words} from {self.origin}" if self.surrogate else words)
 
 
 class VerdictSpec(_Part):
@@ -179,6 +195,10 @@ class Recipe(_Part):
             if shield["model"].startswith(("http:", "https:")):
                 # How a service is treated changes no answer of it: a run may go on at another pace.
                 shield["model_options"] = {k: v for k, v in shield["model_options"].items() if k not in _CONDUCT}
+        for spear in plain["spears"]:
+            if not spear["surrogate"]:
+                # Runs of before there were surrogates keep their identity.
+                del spear["surrogate"], spear["fusion"]
         del plain["diagnostics"]
         return plain
 

@@ -31,15 +31,16 @@ def run(
     command: str = "",
     device: str = "cpu",
     models: Mapping[str, nn.Module] | None = None,
+    surrogates: Mapping[str, nn.Module] | None = None,
     data: Dataset | None = None,
 ) -> RunSummary:
     """Run `recipe` into the folder `out` and return what it amounts to; a second start does what is missing.
 
     `progress` is quiet, bar or log. `command` is what the report says reproduces the run. `models` (by shield
-    label) and `data` replace what the recipe would load. Raises InputError, UnsupportedError or StoreError before
-    the first attack; an interrupt leaves every finished shard in the store.
+    label), `surrogates` (by specification) and `data` replace what the recipe would load. Raises InputError,
+    UnsupportedError or StoreError before the first attack; an interrupt leaves every finished shard in the store.
     """
-    arena = prepare(recipe, out, command=command, device=device, models=models, data=data)
+    arena = prepare(recipe, out, command=command, device=device, models=models, surrogates=surrogates, data=data)
     return drive(arena, watcher(progress))
 
 
@@ -101,7 +102,7 @@ def _admit(arena: Arena, shield: Shield) -> None:
     """
     parts = [Clean(arena, shield, shard.number) for shard in arena.plan.shards]
     logits, y = torch.cat([part.logits for part in parts]), arena.data.y.to(arena.device)
-    gradient = any(cell.attack.access == "gradient" for cell in arena.plan.cells)
+    gradient = any(cell.attack.access == "gradient" and not cell.spec.surrogate for cell in arena.plan.cells)
     access = "gradient" if gradient else "scores"
     # Fewer samples than the test for chance needs switch only that test off.
     rows = slice(None) if not shield.defended else slice(0, 49)

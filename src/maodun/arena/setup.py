@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from maodun.arena.commands import evaluate_command
 from maodun.arena.plan import Cell, Plan, Shard, access, budget, estimator, make_plan, steps
 from maodun.arena.recipe import Recipe, ShieldSpec
 from maodun.arena.store import Store
+from maodun.arena.surrogates import PREFIX, Surrogate, found_name, load_surrogates, white_box
+from maodun.arena.surrogates import oracle as surrogate_oracle
 from maodun.core import admission
 from maodun.core.errors import InputError, UnsupportedError
 from maodun.core.oracle import Oracle, granted, is_stochastic
@@ -49,6 +51,7 @@ class Arena:
     shields: dict[str, Shield]
     store: Store
     device: torch.device
+    surrogates: dict[str, Surrogate] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -62,10 +65,12 @@ class Arena:
         return x.to(self.device), y.to(self.device), ids.to(self.device)
 
     def oracle(self, shield: Shield, cell: Cell | None = None) -> Oracle:
-        """Return the shield as the cell's spear may ask it; without a cell, as the verdict does."""
+        """Return what the cell's spear may ask, the shield or its surrogates; without a cell, the verdict's shield."""
         compute = self.recipe.compute
         if cell is None:
             return Oracle(shield.model, batch_size=compute.batch_size, stochastic=shield.stochastic)
+        if cell.spec.surrogate:
+            return surrogate_oracle(self, cell)
         return Oracle(
             shield.model,
             access=access(cell.spec, cell.attack),
@@ -93,12 +98,13 @@ def prepare(
     command: str = "",
     device: str = "cpu",
     models: Mapping[str, nn.Module] | None = None,
+    surrogates: Mapping[str, nn.Module] | None = None,
     data: Dataset | None = None,
 ) -> Arena:
     """Load data and models, check every combination and open the store; nothing is attacked yet.
 
-    `models` gives shields (by label) as modules instead of by specification, `data` the samples instead of the
-    recipe's. Raises InputError, UnsupportedError or StoreError with a reason.
+    `models` gives shields (by label) and `surrogates` surrogates (by specification) as modules, `data` the samples
+    instead of the recipe's. Raises InputError, UnsupportedError or StoreError with a reason.
     """
     place = _device(device)
     if data is None:
@@ -112,7 +118,8 @@ def prepare(
         spec.label: _shield(spec, data, place, None if models is None else models.get(spec.label))
         for spec in recipe.shields
     }
-    arena = Arena(plan, data, shields, Store(out), place)
+    stand_ins = load_surrogates(recipe, data, shields, place, surrogates)
+    arena = Arena(plan, data, shields, Store(out), place, stand_ins)
     refuse_blind(arena)
     arena.store.open_for(manifest(arena, command), IDENTITY, expected_bytes(arena))
     keep_answers(arena)
@@ -204,6 +211,12 @@ def expected_bytes(arena: Arena) -> int:
         if not arena.store.exists(unit.part):
             samples = unit.shard.stop - unit.shard.start
             total += 8 * 1024 + samples * (row + (0 if unit.cell is None else inputs))
+    searches = {
+        found_name(cell, shard): shard.stop - shard.start
+        for cell in arena.plan.cells
+        for shard in (arena.plan.shards if cell.spec.surrogate else ())
+    }
+    total += sum(4096 + 5 * arena.data.x[0].numel() * samples for samples in searches.values())
     return total
 
 
@@ -229,7 +242,8 @@ def manifest(arena: Arena, command: str) -> dict[str, Any]:
             "shape": list(data.x.shape[1:]),
         },
         "classes": list(data.classes),
-        "weights": {label: shield.sha256 for label, shield in arena.shields.items()},
+        "weights": {label: shield.sha256 for label, shield in arena.shields.items()}
+        | {PREFIX + spec: each.sha256 for spec, each in arena.surrogates.items()},
         "shields": {label: shield.about for label, shield in arena.shields.items()},
         "cells": [
             {
@@ -243,7 +257,10 @@ def manifest(arena: Arena, command: str) -> dict[str, Any]:
                 "command": evaluate_command(recipe, cell) or command,
                 "kind": cell.attack.kind,
                 "steps": steps(cell.attack),
-                "access": access(cell.spec, cell.attack),
+                "access": "surrogate" if cell.spec.surrogate else access(cell.spec, cell.attack),
+                "surrogates": list(cell.spec.surrogate),
+                "hooks": cell.spec.model_copy(update={"surrogate": ()}).label,
+                "white_box": bool(cell.spec.surrogate) and white_box(arena, cell),
                 "rule": arena.rule(arena.shields[cell.shield]).name,
                 "reference": recipe.compute.precision == "float32" and not recipe.compute.compile,
             }

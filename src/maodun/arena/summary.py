@@ -47,7 +47,8 @@ class CellSummary(_Data):
     `asr_all` divides verdict successes by all samples (clean errors count as successes), `asr_correct`
     divides the successes among initially correct samples by the number of initially correct samples.
     Distances are medians over the samples that fell; `rho` is DeepFool's mean of ||r||_2 / ||x||_2 over them.
-    Counts are means per sample; `seconds` is the total for the cell.
+    Counts are means per sample; `seconds` is the total for the cell. Of a search on `surrogates` (specifications) they
+    are what it cost there; `hooks` is the spear without them, `white_box` says that the shield was among them.
     """
 
     cell: str
@@ -73,6 +74,9 @@ class CellSummary(_Data):
     calibration_adversarial: Calibration | None
     reference: bool
     command: str
+    surrogates: list[str] = []
+    hooks: str = ""
+    white_box: bool = False
 
 
 class WorstCase(_Data):
@@ -125,6 +129,33 @@ class Finding(_Data):
     action: str
 
 
+class TransferRow(_Data):
+    """What one search sent to every target: `cells` in the order of the matrix's targets, None where not run.
+
+    `mean` is the mean ASR over the targets that are not among the surrogates, None when there is none.
+    """
+
+    spear: str
+    hooks: str
+    surrogates: list[str]
+    cells: list[CellSummary | None]
+    mean: float | None
+
+
+class TransferMatrix(_Data):
+    """Searches on surrogates against `targets` under one threat; `clean` are the targets' clean accuracies.
+
+    A cell's `asr_correct` counts the samples that the target answers correctly, with their interval.
+    """
+
+    norm: str
+    eps: float | None
+    targeted: bool
+    targets: list[str]
+    clean: list[Rate]
+    rows: list[TransferRow]
+
+
 class Picture(_Data):
     """Where to find an adversarial example: cell folder, row in its npz part, labels and predictions."""
 
@@ -160,6 +191,15 @@ class RunSummary(_Data):
     pictures: list[Picture]
 
     @property
+    def transfer(self) -> list[TransferMatrix]:
+        """A matrix per threat of what searches on surrogates did to each shield; empty when no spear had any."""
+        cells = [cell for cell in self.cells if cell.surrogates]
+        threats = dict.fromkeys((cell.norm, cell.eps, cell.targeted) for cell in cells)
+        return [
+            _transfer([cell for cell in cells if (cell.norm, cell.eps, cell.targeted) == threat]) for threat in threats
+        ]
+
+    @property
     def clean(self) -> Rate:
         """The clean accuracy of the first shield; of a run with one shield, simply the clean accuracy."""
         return self.worst[0].clean
@@ -168,6 +208,35 @@ class RunSummary(_Data):
     def robust(self) -> Rate:
         """The worst-case robust accuracy of the first shield under the first threat."""
         return self.worst[0].robust
+
+
+def _transfer(cells: list[CellSummary]) -> TransferMatrix:
+    """Return the matrix of the cells of one threat."""
+    by_target: dict[str, CellSummary] = {}
+    for cell in cells:
+        by_target.setdefault(cell.shield, cell)
+    rows = []
+    for spear in dict.fromkeys(cell.spear for cell in cells):
+        own = {cell.shield: cell for cell in cells if cell.spear == spear}
+        first = next(iter(own.values()))
+        black = [cell.asr_correct.value for cell in own.values() if not cell.white_box and cell.asr_correct.n]
+        rows.append(
+            TransferRow(
+                spear=spear,
+                hooks=first.hooks,
+                surrogates=first.surrogates,
+                cells=[own.get(target) for target in by_target],
+                mean=sum(black) / len(black) if black else None,
+            )
+        )
+    return TransferMatrix(
+        norm=cells[0].norm,
+        eps=cells[0].eps,
+        targeted=cells[0].targeted,
+        targets=list(by_target),
+        clean=[cell.clean for cell in by_target.values()],
+        rows=rows,
+    )
 
 
 def summarise(store: Store | str) -> RunSummary:

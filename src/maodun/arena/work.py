@@ -17,6 +17,7 @@ from maodun.arena.plan import Cell, Unit, clean_folder
 from maodun.arena.recipe import ThreatSpec
 from maodun.arena.setup import Arena, Shield
 from maodun.arena.store import part_name
+from maodun.arena.surrogates import for_shield, search
 from maodun.core import geometry
 from maodun.core.engine import Candidates, Progress
 from maodun.core.status import Status
@@ -125,19 +126,22 @@ def _attack_pass(arena: Arena, unit: Unit, cell: Cell, progress: Progress | None
     x, y, ids = arena.rows(unit.shard)
     clean = Clean(arena, shield, unit.shard.number)
     targets = choose_targets(cell.threat, clean.probs, y, ids, seed)
-    found = cell.attack.run(
-        arena.oracle(shield, cell),
-        x,
-        y,
-        cell.core_threat,
-        targets=targets,
-        seed=seed,
-        ids=ids,
-        # The draws of a stochastic model's clean pass are the verdict's, which no search may see.
-        clean_logits=None if shield.stochastic else clean.logits,
-        check_model=False,
-        progress=progress,
-    )
+    if cell.spec.surrogate:
+        found, targets = _transferred(arena, unit, cell, clean, progress)
+    else:
+        found = cell.attack.run(
+            arena.oracle(shield, cell),
+            x,
+            y,
+            cell.core_threat,
+            targets=targets,
+            seed=seed,
+            ids=ids,
+            # The draws of a stochastic model's clean pass are the verdict's, which no search may see.
+            clean_logits=None if shield.stochastic else clean.logits,
+            check_model=False,
+            progress=progress,
+        )
     columns = {
         "sample_id": _array(ids),
         "label": _array(y),
@@ -154,6 +158,21 @@ def _attack_pass(arena: Arena, unit: Unit, cell: Cell, progress: Progress | None
         name = f"adversarials/{cell.name}/{part_name(unit.shard.number)}.npz"
         arena.store.write_arrays(name, x=_array(x), x_adv=_array(found.x_adv), ids=_array(ids))
     arena.store.write_table(unit.part, columns, RECORDS)
+
+
+def _transferred(
+    arena: Arena, unit: Unit, cell: Cell, clean: Clean, progress: Progress | None
+) -> tuple[Candidates, Tensor | None]:
+    """Return what a search on surrogates sends to the shield, and its targets."""
+    x, y, ids = arena.rows(unit.shard)
+
+    def aim(probs: Tensor) -> Tensor | None:
+        return choose_targets(cell.threat, probs, y, ids, arena.recipe.seed)
+
+    found, targets = search(arena, cell, unit.shard, aim, progress)
+    flags = clean.draws != y[:, None] if targets is None else clean.draws == targets[:, None]
+    wrong = arena.rule(arena.shields[unit.shield]).wrong(flags, clean.probs, y, targets)
+    return for_shield(found, x, wrong), targets
 
 
 def _verdict(

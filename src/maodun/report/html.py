@@ -48,6 +48,7 @@ def report_html(summary: RunSummary, run_dir: str | Path, *, light: bool = False
         "run": summary,
         "verdicts": view.verdicts(summary),
         "matrices": view.matrices(summary),
+        "transfers": view.transfers(summary),
         "groups": view.groups(summary),
         "across": [figures.add(chart) for chart in across],
         "curves": [figures.add(chart) for chart in single],

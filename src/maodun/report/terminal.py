@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maodun.report.view import matrices
-from maodun.report.words import by_urgency, count, interval, number, percent, rate, threat
+from maodun.report.words import NOTHING, by_urgency, count, interval, number, percent, rate, shorter, threat
 
 if TYPE_CHECKING:
     from maodun.arena.summary import Finding, RunSummary
@@ -74,6 +74,29 @@ def matrix_tables(summary: RunSummary) -> list[Table]:
     return made
 
 
+def transfer_tables(summary: RunSummary) -> list[Table]:
+    """Return a surrogate x target table per threat: attack success among what each target answers correctly."""
+    made = []
+    for matrix in summary.transfer:
+        title = "transfer, ASR % [95 %] of correct samples, "
+        title += threat(matrix.norm, matrix.eps, targeted=matrix.targeted)
+        pairs = zip(matrix.targets, matrix.clean, strict=True)
+        targets = [f"{name}\nclean error {percent(1 - clean.value)}" for name, clean in pairs]
+        table = _table(title, ("attack", "searched on"), (*targets, "mean, black box"))
+        for row in matrix.rows:
+            words = [Text(row.hooks), Text(shorter(row.surrogates))]
+            for cell in row.cells:
+                if cell is None:
+                    words.append(Text("not run", style="dim"))
+                    continue
+                text = f"{percent(cell.asr_correct.value)} {interval(cell.asr_correct)}"
+                words.append(Text(f"({text})" if cell.white_box else text, style="dim" if cell.white_box else ""))
+            table.add_row(*words, Text(NOTHING if row.mean is None else percent(row.mean), style="bold"))
+        table.caption = "(in brackets) white box: the target is among the surrogates"
+        made.append(table)
+    return made
+
+
 def worst_table(summary: RunSummary) -> Table:
     """Return a row per shield and threat: what is left standing when every spear counts."""
     numbers = ("clean", "worst case [95 %]", "n")
@@ -106,6 +129,7 @@ def summary_view(summary: RunSummary, *, findings: bool = True, matrix: bool = F
     parts: list[RenderableType] = []
     if summary.cells:
         parts += matrix_tables(summary) if matrix else [cells_table(summary)]
+    parts += transfer_tables(summary)
     if summary.worst:
         parts.append(worst_table(summary))
     if findings and summary.findings:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from maodun.report.words import concerns, count, members, percent, rule, threat_sign
+from maodun.report.words import concerns, count, members, percent, rule, shorter, threat_sign
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -169,6 +169,51 @@ def matrices(summary: RunSummary) -> list[Matrix]:
             )
         )
     return found
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """One field of a transfer matrix: attack success in its colours, with a mark where nothing was transferred."""
+
+    entry: Entry
+    white_box: bool
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Searches down, targets across, under one threat: `clean` errors in per cent, rows of (attack, surrogates, fields,
+    black-box mean).
+    """
+
+    title: str
+    targets: tuple[tuple[str, Rate], ...]
+    rows: tuple[tuple[str, str, tuple[Transferred | None, ...], float | None], ...]
+
+
+def transfers(summary: RunSummary) -> list[Transfer]:
+    """Return one transfer matrix per threat; a field is deeper the more samples are left standing."""
+    numbers = {cell.cell: place for place, cell in enumerate(summary.cells)}
+
+    def entry(cell: CellSummary | None) -> Transferred | None:
+        if cell is None:
+            return None
+        rate = cell.asr_correct
+        background, ink = heat(1.0 - rate.value if rate.n else math.nan)
+        hint = f"{cell.spear} against {cell.shield}: n = {rate.n}, rule {rule(cell)}"
+        field = Entry(rate, background, ink, reference=cell.reference, link=numbers[cell.cell], hint=hint)
+        return Transferred(field, cell.white_box)
+
+    return [
+        Transfer(
+            title=threat_sign(matrix.norm, matrix.eps, targeted=matrix.targeted),
+            targets=tuple(zip(matrix.targets, matrix.clean, strict=True)),
+            rows=tuple(
+                (row.hooks, shorter(row.surrogates), tuple(entry(cell) for cell in row.cells), row.mean)
+                for row in matrix.rows
+            ),
+        )
+        for matrix in summary.transfer
+    ]
 
 
 def _worst(summary: RunSummary, cells: Sequence[CellSummary], shield: str) -> Entry | None:

@@ -73,6 +73,11 @@ def statuses(cell: CellSummary) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {total}" for name, total in ordered if total)
 
 
+def shorter(specifications: Iterable[str]) -> str:
+    """Return model specifications without their kinds, "cifar10-vgg + cifar10-densenet"."""
+    return " + ".join(spec.partition(":")[2] or spec for spec in specifications)
+
+
 def rule(cell: CellSummary) -> str:
     """Return the verdict's rule with its draws, "majority of 10" or "single"."""
     return cell.rule if cell.draws <= 1 else f"{cell.rule} of {cell.draws}"

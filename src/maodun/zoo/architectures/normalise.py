@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from maodun.core.errors import InputError
+
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -25,7 +27,10 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (x - mean) / std."""
+        """Return (x - mean) / std; InputError for another number of channels, which would be broadcast silently."""
+        if x.shape[1] != self.mean.shape[1]:
+            reason = f"have {x.shape[1]} channels where the model takes {self.mean.shape[1]}"
+            raise InputError("inputs", reason, "take a model made for them")
         return (x - self.mean) / self.std
 
 
