@@ -175,11 +175,12 @@ class _FiniteDifferences:
 
     def _slopes(self, port: Port, x: Tensor, index: Tensor, heads: Heads, u: Tensor, ahead: int) -> Tensor:
         """Return B x ahead x K differences between the heads at x + sigma u and x - sigma u, in one forward."""
-        step = (self.sigma * u).unflatten(0, (x.shape[0], ahead))
+        step = (self.sigma * u).reshape(x.shape[0], ahead, *x.shape[1:])
         probes = torch.stack([x.unsqueeze(1) + step, x.unsqueeze(1) - step], dim=2).flatten(0, 2).clamp_(0.0, 1.0)
         wide = index.repeat_interleave(2 * ahead)
-        values = heads(port.forward(probes, wide, 2 * ahead), wide).unflatten(0, (x.shape[0], ahead, 2))
-        return values[:, :, 0] - values[:, :, 1]
+        values = heads(port.forward(probes, wide, 2 * ahead), wide).reshape(x.shape[0], ahead, 2, -1)
+        slopes: Tensor = values[:, :, 0] - values[:, :, 1]
+        return slopes
 
     def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
         """Return logits, values and gradients estimated from 2 * (samples // 2) further queries per row."""
@@ -197,7 +198,7 @@ class _FiniteDifferences:
                 )
                 u = self._directions(stream, ids.repeat_interleave(ahead), tuple(x.shape[1:]), steps).to(x)
                 weight = self._slopes(port, x, index, heads, u, ahead) / (2.0 * self.sigma * pairs)
-                u = u.unflatten(0, (x.shape[0], ahead))
+                u = u.reshape(x.shape[0], ahead, *x.shape[1:])
                 for pair in range(ahead):
                     for k, grad in enumerate(grads):
                         grad.addcmul_(u[:, pair], weight[:, pair, k].reshape(-1, *([1] * (x.ndim - 1))))
