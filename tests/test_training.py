@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maodun.arena.objectives import build_objective
 from maodun.arena.train import train
-from maodun.arena.train_recipe import load_train_recipe
+from maodun.arena.train_recipe import load_train_recipe, trains_attack
 from maodun.attacks.registry import build_attack
 from maodun.core.errors import InputError
 from maodun.core.oracle import Oracle
@@ -304,12 +305,16 @@ card: {summary: s, provenance: p, data: digits}
             train(recipe, tmp_path / "file" / "out")
 
     @pytest.mark.parametrize(
-        "path", sorted(Path(__file__).parents[1].glob("recipes/train/*.yaml")), ids=lambda path: path.stem
+        "path",
+        [path for path in sorted(Path(__file__).parents[1].glob("recipes/train/*.yaml")) if not trains_attack(path)],
+        ids=lambda path: path.stem,
     )
     def test_shipped_recipes_are_valid(self, path: Path) -> None:
         recipe = load_train_recipe(path)
         assert recipe.name == path.stem
         build_architecture(recipe.architecture, recipe.options)
-        for inner in (recipe.objective.inner, recipe.select, recipe.measure.inner):
+        if recipe.objective.kind != "distillation":
+            build_objective(recipe.objective, seed=0, per_epoch=1, epochs=1)
+        for inner in (recipe.select, recipe.measure.inner):
             if inner is not None:
                 build_attack(inner.attack, **inner.options)
