@@ -1,8 +1,8 @@
 """`python -m benchmarks.witness`: published numbers on nets we did not train, and `sharp` beside `standard`.
 
-Work is cut into chunks (1,000 images, 100 where that takes an hour), one JSON file per (model, eps, attack, chunk). A run
-can be stopped at any moment and continued, and `--summary` prints what is there. `sharp` and `standard` of a chunk run
-one after the other, in an order that alternates, so that their time ratio is paired.
+Work is cut into chunks (1,000 images, 100 where that takes an hour), one JSON file per (model, eps, attack, chunk). A
+run can be stopped at any moment and continued, and `--summary` prints what is there. `sharp` and `standard` of a chunk
+run one after the other, in an order that alternates, so that their time ratio is paired.
 """
 
 from __future__ import annotations
