@@ -33,7 +33,10 @@ _FORMAT = 1
 _HEADER = "maodun"
 _CHUNK = 256
 # Each kind of trained attack (its class's `name`) and the module under maodun.attacks that has the class.
-_KINDS: dict[str, str] = {}
+_KINDS: dict[str, str] = {
+    "uap": "universal.uap",
+    "patch": "universal.patch",
+}
 
 
 @dataclass
