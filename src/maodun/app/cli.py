@@ -115,11 +115,16 @@ def compare(
 
 
 @app.command("list")
-def list_(thing: Annotated[Things, typer.Argument(help="What to list.", show_default=False)]) -> None:
+def list_(
+    thing: Annotated[Things, typer.Argument(help="What to list.", show_default=False)],
+    folder: Annotated[
+        str | None, typer.Option("--from", help="With attacks: those trained and kept below this folder.")
+    ] = None,
+) -> None:
     """List attacks, defences, models, data or recipes."""
     from maodun.app import listing
 
-    listing.show(thing.value)
+    listing.show(thing.value, folder)
 
 
 @app.command()

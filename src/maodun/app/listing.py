@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from maodun.app.consoles import console
+from maodun.core.errors import InputError
 
 # What a published number is printed with: these decide it, the rest only carries it.
 _DECIDES = ("maodun", "torch", "numpy", "scipy", "scikit-learn", "pillow")
@@ -79,8 +80,25 @@ def _recipes() -> Table:
     return table
 
 
-def show(thing: str) -> None:
-    """Print the table of attacks, defenses, models, data or recipes."""
+def _trained(folder: str) -> Table:
+    from maodun.attacks.artifacts import list_artifacts
+
+    table = _table("file", "attack", "inputs", "norm", "eps", "trained as")
+    for file, header in list_artifacts(folder):
+        options = header["options"]
+        shape = " x ".join(str(side) for side in options.get("shape", ()))
+        row = str(file), header["kind"], shape, str(options.get("norm", "")), str(options.get("eps", ""))
+        table.add_row(*row, str(header["about"].get("name", "")))
+    return table
+
+
+def show(thing: str, folder: str | None = None) -> None:
+    """Print the table of attacks, defenses, models, data or recipes; with `folder`, of the attacks trained into it."""
+    if folder is not None:
+        if thing != "attacks":
+            raise InputError("--from", f"does not go with {thing}", "maodun list attacks --from FOLDER")
+        console().print(_trained(folder))
+        return
     makers: dict[str, Callable[[], Table]] = {
         "attacks": _attacks,
         "defenses": _defenses,

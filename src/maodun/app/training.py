@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
+
 from maodun.app.consoles import console
 from maodun.app.endings import Interrupted
 
+_TELL_EVERY = 30.0
+
 
 def train(recipe: str, out: str, *, resume: bool, quiet: bool) -> None:
-    """Train `recipe` into the folder `out`, a line per epoch on standard error, then the card's numbers."""
+    """Train `recipe` into the folder `out`, a line per epoch on standard error, then what was measured.
+
+    A recipe that names an attack at its top level trains that; any other trains a model and writes its card.
+    """
     from maodun.arena import train as room
+    from maodun.arena.train_recipe import trains_attack
 
     watch = console(error=True)
 
@@ -17,13 +25,28 @@ def train(recipe: str, out: str, *, resume: bool, quiet: bool) -> None:
             numbers = (f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in line.items())
             watch.print("  ".join(numbers))
 
+    last = time.monotonic()
+
+    def step(done: int, steps: int) -> None:
+        nonlocal last
+        if not quiet and time.monotonic() - last > _TELL_EVERY:
+            last = time.monotonic()
+            watch.print(f"step {done} of {steps}")
+
     try:
-        made = room.train(recipe, out, on_epoch=epoch, resume=resume)
+        if trains_attack(recipe):
+            from maodun.arena.train_generator import train_generator
+
+            trained = train_generator(recipe, out, on_epoch=epoch, on_step=step, resume=resume)
+            where, measured = f"{trained.file}  (use it as --attack file:{trained.file})", trained.measured
+        else:
+            made = room.train(recipe, out, on_epoch=epoch, resume=resume)
+            where, measured = f"{made.weights}  (card: {made.card_file})", made.card.measured
     except KeyboardInterrupt:
-        raise Interrupted(f"finished epochs are kept in {out}, the same command line resumes") from None
+        raise Interrupted(f"what was done is kept in {out}, the same command line resumes") from None
     if not quiet:
         say = console()
-        say.print(f"{made.weights}  (card: {made.card_file})", soft_wrap=True)
-        for number in made.card.measured:
+        say.print(where, soft_wrap=True)
+        for number in measured:
             span = "" if number.low is None or number.high is None else f" [{number.low:.4f}, {number.high:.4f}]"
             say.print(f"{number.metric}: {number.value:.4f}{span}, n = {number.n}, seed {number.seed}", soft_wrap=True)

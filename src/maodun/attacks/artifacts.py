@@ -34,6 +34,11 @@ _HEADER = "maodun"
 _CHUNK = 256
 # Each kind of trained attack (its class's `name`) and the module under maodun.attacks that has the class.
 _KINDS: dict[str, str] = {
+    "advgan": "generative.attack",
+    "multi-proxy": "generative.attack",
+    "gan-sampling": "generative.attack",
+    "relation-generator": "multitask.generator",
+    "ltp": "multitask.generator",
     "uap": "universal.uap",
     "patch": "universal.patch",
 }
