@@ -27,6 +27,7 @@ from maodun.core.errors import InputError, MaodunError, TargetError
 from maodun.core.oracle import Budget, Oracle
 from maodun.core.threat import Threat
 from maodun.zoo import load_data, load_model
+from maodun.zoo.foreign.dialect import Dialect
 from maodun.zoo.foreign.transport import Bucket
 
 QUICK = {"timeout": 20.0, "retries": 2, "backoff": 0.01}
@@ -80,6 +81,25 @@ def test_an_attack_on_a_service_ends_as_on_the_same_model_here(digits, key):
     assert there.cells[0].clean == here.cells[0].clean
     # Ties between rounded logarithms may cost a query more or less.
     assert there.cells[0].queries == pytest.approx(here.cells[0].queries, rel=0.05)
+
+
+def test_what_is_rounded_on_its_way_needs_a_radius_of_whole_levels(digits):
+    attack = {"attack": "square", "options": {"queries": 2}}
+    service = Service()
+    with serving(service) as url:
+        model = load_model(url, options={**QUICK, "body": "png"})
+        with pytest.raises(InputError, match=r"25\.5 levels of 8 bits.*; give 25/255, or body=npy"):
+            maodun.evaluate(model, digits.take(4), norm="linf", eps=0.1, attack=attack)
+        assert service.requests == 0
+        assert maodun.evaluate(model, digits.take(4), norm="linf", eps="25/255", attack=attack).cells
+
+
+def test_rounding_never_leaves_a_ball_of_whole_levels():
+    levels = torch.arange(256).repeat(50)
+    x = levels / 255.0
+    change = (torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1) * 8 / 255
+    sent = Dialect(body="png").sent((x + change).clamp(0, 1).numpy()).astype(int)
+    assert int(np.abs(sent - levels.numpy()).max()) == 8
 
 
 def test_log_probabilities_keep_the_sign_and_the_order_of_margins(digits):
@@ -169,6 +189,11 @@ def test_failures_that_pass_are_waited_for(digits, status):
         (200, b'{"scores": [[NaN, 1.0]]}', "not all finite"),
         (200, b'{"label": [3]}', "it tells labels only, which kind=label and classes=N have to announce"),
         (200, b"", "it is no JSON (empty)"),
+        (200, b"[" * 200_000, "it is no JSON ([[["),
+        (200, b"\x93NUMPY garbage", "it cannot be read (ValueError"),
+        (200, b'{"scores": [[1e300, 1]]}', "not all finite"),
+        (200, b'{"scores": [[%s, 1]]}' % (b"9" * 400), "not a table of numbers"),
+        (200, b'{"scores": null}', "instead of (1, classes)"),
         (404, b"no such page", "answers 404 (no such page)"),
         (401, b"who are you", "answers 401 (who are you)"),
     ],
@@ -189,6 +214,35 @@ def test_labels_beyond_the_classes_are_garbage(digits):
     service = Service("label")
     with serving(service) as url, pytest.raises(TargetError, match="none of its 3 classes"):
         scores(remote(url, kind="label", classes=3), digits.x)
+
+
+def test_an_answer_that_cannot_be_unpacked_is_tried_again_and_given_up(digits):
+    def broken(n: int, handler: Any) -> bool:
+        return handler.say(200, b"no gzip", Content_Encoding="gzip")
+
+    error, service = raised(broken, digits)
+    assert "sends an answer that cannot be unpacked, 3 times" in str(error)
+    assert service.requests == 3
+
+
+def test_a_connection_that_breaks_is_tried_again(digits):
+    def hang_up(n: int, handler: Any) -> bool:
+        handler.close_connection = True
+        return n < 3
+
+    service = Service(before=hang_up)
+    with serving(service) as url:
+        assert scores(remote(url), digits.x[:2]).shape == (2, 10)
+    error, _ = raised(lambda n, handler: hang_up(1, handler), digits)
+    assert "cannot be reached" in str(error)
+
+
+def test_a_service_that_is_not_there_is_one_line(maodun: Callable[..., Outcome], tmp_path):
+    words = [word for key, value in {**QUICK, "retries": 1}.items() for word in ("--model-option", f"{key}={value}")]
+    rest = ("--data", "digits", "--limit", 2, "--attack", "square", "--eps", 0.1, "--out", tmp_path / "run")
+    error = maodun("evaluate", "--model", "http://127.0.0.1:9/predict", *rest, *words).error
+    assert "cannot be reached" in error
+    assert error.endswith(f"2 times; see to the service; the same command line goes on (--out {tmp_path / 'run'})")
 
 
 def test_redirects_are_refused(digits):
@@ -427,9 +481,10 @@ def test_an_answer_is_for_one_target_only(tmp_path, digits):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_killed_runs_ask_for_no_image_twice(tmp_path, maodun: Callable[..., Outcome]):
     victim: list[int] = []
-    deaths = {4, 30, 90}
+    deaths = {4, 60}
 
     def kill(n: int, handler: Any) -> bool:
         if n not in deaths:

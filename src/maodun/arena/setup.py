@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -121,6 +122,7 @@ def prepare(
     stand_ins = load_surrogates(recipe, data, shields, place, surrogates)
     arena = Arena(plan, data, shields, Store(out), place, stand_ins)
     refuse_blind(arena)
+    refuse_rounding(arena)
     arena.store.open_for(manifest(arena, command), IDENTITY, expected_bytes(arena))
     keep_answers(arena)
     return arena
@@ -137,6 +139,19 @@ def refuse_blind(arena: Arena) -> None:
             blind = granted(arena.shields[cell.shield].model) == "decision"
             remedy = "take an attack by decisions, such as hopskipjump" if blind else remedy
             raise UnsupportedError(where, f"{error.thing} {error.reason}", remedy) from None
+
+
+def refuse_rounding(arena: Arena) -> None:
+    """Raise InputError for a linf radius of half a level where images are rounded to 8 bits on their way to a service.
+
+    With whole levels the image that is sent stays in the ball that the recipe names, with others it would not.
+    """
+    for cell in arena.plan.cells:
+        levels = 255 * cell.threat.eps
+        eight_bit = getattr(arena.shields[cell.shield].model, "eight_bit", False)
+        if eight_bit and cell.threat.norm == "linf" and math.isfinite(levels) and abs(levels - round(levels)) > 1e-3:
+            reason = f"is {levels:.4g} levels of 8 bits, to which images are rounded on their way to '{cell.shield}'"
+            raise InputError(f"eps {cell.threat.eps:g}", reason, f"give {int(levels)}/255, or body=npy or pixels=float")
 
 
 def metered(shield: Shield) -> list[Any]:

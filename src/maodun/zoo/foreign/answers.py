@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,16 +26,29 @@ def find(content: bytes, output: str | None, kind: str) -> tuple[Any, str]:
     keys. `kind` "auto" is told by the key. Raises GarbageError.
     """
     if content.startswith(b"\x93NUMPY"):
-        return np.load(io.BytesIO(content), allow_pickle=False), "scores" if kind == "auto" else kind
+        return foreign(_numpy, content), "scores" if kind == "auto" else kind
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise GarbageError(f"it is no JSON ({excerpt(content)})") from None
     if output is None:
         return _usual(value, kind)
     for part in output.split("."):
         value = _inside(value, part, output)
     return value, _kind(output.rpartition(".")[2], kind)
+
+
+def foreign(read: Callable[[bytes], Any], content: bytes) -> Any:
+    """Return what `read` makes of an answer; whatever it raises becomes a GarbageError."""
+    try:
+        return read(content)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise GarbageError(f"it cannot be read ({reason})") from error
+
+
+def _numpy(content: bytes) -> Array:
+    return np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
 
 
 def _usual(value: Any, kind: str) -> tuple[Any, str]:
@@ -70,8 +83,9 @@ def _inside(value: Any, part: str, path: str) -> Any:
 def rows(value: Any, n: int) -> Array:
     """Return `value` as float32 n x C; for one image a plain list of C numbers will do. Raises GarbageError."""
     try:
-        array = np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError):
+        with np.errstate(over="ignore"):
+            array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError):
         raise GarbageError("its scores are not a table of numbers") from None
     if n == 1 and array.ndim == 1:
         array = array[None]

@@ -68,8 +68,13 @@ class Dialect(_Options):
         return hashlib.sha256(json.dumps([said, *more], sort_keys=True).encode()).hexdigest()
 
     def sent(self, x: Array) -> Array:
-        """Return images as they are sent: uint8 levels for 8-bit transports, float32 for the others."""
-        return np.rint(x * 255.0).astype(np.uint8) if self.eight_bit else np.ascontiguousarray(x, dtype=np.float32)
+        """Return images as they are sent: uint8 levels for 8-bit transports, float32 for the others.
+
+        Halves go up, always: so a change by whole levels before rounding is the same change after it.
+        """
+        if self.eight_bit:
+            return np.floor(x * 255.0 + 0.5).astype(np.uint8)
+        return np.ascontiguousarray(x, dtype=np.float32)
 
     def encode(self, images: Array) -> tuple[bytes, str]:
         """Return body and content type of a request for `images`, N x ... as `sent` gives them."""
@@ -98,7 +103,7 @@ class Dialect(_Options):
         """
         kind: str = self.kind
         if self.response is not None:
-            value = self.response(content)
+            value = answers.foreign(self.response, content)
         else:
             value, kind = answers.find(content, self.output, kind)
         if kind == "label":

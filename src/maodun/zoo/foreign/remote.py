@@ -46,6 +46,11 @@ class RemoteModel(Foreign):
         if conduct.journal is not None:
             self._journal = Journal.at(Path(conduct.journal).expanduser(), self.fingerprint)
 
+    @property
+    def eight_bit(self) -> bool:
+        """Whether images are rounded to 1/255 on their way."""
+        return self.dialect.eight_bit
+
     def keep_answers(self, folder: Path) -> None:
         """Keep answers in a file of `folder` from now on, and answer from what is there; an own journal goes before."""
         if self.conduct.journal is None:

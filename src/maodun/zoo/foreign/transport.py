@@ -163,7 +163,9 @@ class Client:
                 body = self._body(response)
         except httpx.TimeoutException:
             return None, f"does not answer within {self.conduct.timeout:g} s", 0.0
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except httpx.DecodingError:
+            return None, "sends an answer that cannot be unpacked", 0.0
+        except httpx.TransportError as error:
             return None, f"cannot be reached ({str(error)[:120] or type(error).__name__})", 0.0
         status = response.status_code
         if 200 <= status < 300:
