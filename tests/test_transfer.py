@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from oracles import Counting, Flat, linear, samples
 from torch import Tensor, nn
 
+from maodun.attacks.gradient.apgd import APGD, APGDT
 from maodun.attacks.gradient.pgd import BIM, MIFGSM, NIFGSM, PGD
+from maodun.attacks.query.square import Square
 from maodun.attacks.registry import build_attack
 from maodun.attacks.transfer.inputs import cosine_basis, perturb_spectrum, resize_and_pad
 from maodun.attacks.transfer.loop import Transfer
@@ -283,6 +285,18 @@ class TestSurrogate:
         found = run(Transfer(), Flat(5), y=torch.zeros(12, dtype=torch.int64))
         assert torch.equal(found.x_adv, X)
         assert (found.status == int(Status.zero_gradient)).all()
+
+    @pytest.mark.parametrize("attack", [PGD(steps=4), APGD(steps=6), APGDT(steps=4, targets=2), Square(queries=30)])
+    def test_attacks_of_all_kinds_hand_over_where_they_stand(self, attack):
+        found = run(attack)
+        assert (found.x_adv != X).flatten(1).any(1).all()
+        assert THREAT.contains(found.x_adv, X).all()
+
+    def test_apgd_hands_over_its_point_of_highest_loss(self):
+        found = run(APGD(steps=20))
+        climbed, clean = (F.cross_entropy(NET(x), Y, reduction="none") for x in (found.x_adv, X))
+        assert (climbed > clean).all()
+        assert (climbed >= F.cross_entropy(NET(run(BIM()).x_adv), Y, reduction="none") - 0.1).float().mean() > 0.9
 
     @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
     def test_answers_stay_in_the_ball_and_the_box(self, norm):

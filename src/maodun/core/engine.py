@@ -120,6 +120,10 @@ class Attack(Generic[S]):
         """Look at the last iterate, which no step has evaluated; attacks that have done so override this."""
         problem.logits(state.x)
 
+    def answer(self, state: S) -> Tensor:
+        """Return where the search stands: what a search on a surrogate hands over; the iterate, unless overridden."""
+        return state.x
+
     def check(self, x: Tensor, threat: Threat) -> None:
         """Refuse what this attack does not offer, with a reason, before any model call."""
         if threat.norm not in self.norms:
@@ -246,7 +250,7 @@ class Attack(Generic[S]):
     def _settle(self, problem: Problem, state: S | None) -> None:
         """On a surrogate the answer of a search in a ball is where it ends; a least-distance search has its own."""
         if problem.session.oracle.surrogate and self.kind == "fixed" and state is not None and len(problem):
-            problem.ledger.settle(problem, state.x)
+            problem.ledger.settle(problem, self.answer(state))
 
     def _compact(self, problem: Problem, state: S | None) -> tuple[Problem, S | None]:
         leave = problem.ledger.finished[problem.rows]

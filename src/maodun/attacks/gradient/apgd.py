@@ -106,6 +106,13 @@ class APGD(Attack[APGDState]):
     def finish(self, problem: Problem, state: APGDState) -> None:
         """Nothing is left to look at: every iterate has been evaluated."""
 
+    def answer(self, state: APGDState) -> Tensor:
+        """Return the point of the highest loss of the latest runs."""
+        run = state.climb
+        losses = run.best_loss.view(-1, run.lanes)
+        rows = torch.arange(losses.shape[0], device=losses.device) * run.lanes
+        return run.best[rows + losses.argmax(1)]
+
     def aims(self, problem: Problem) -> Tensor | None:  # noqa: ARG002 - a hook
         """Return the targets (N x T) that the runs climb to; None leaves the goal to the problem."""
         return None
