@@ -57,7 +57,7 @@ def known(monkeypatch):
     room = types.ModuleType("maodun.attacks.shift_for_tests")
     room.Shift = Shift
     monkeypatch.setitem(sys.modules, room.__name__, room)
-    monkeypatch.setitem(artifacts._KINDS, "shift", "shift_for_tests")
+    monkeypatch.setitem(artifacts.KINDS, "shift", "shift_for_tests")
 
 
 def shift(**options):
@@ -136,6 +136,11 @@ def test_file_colon_path_is_an_attack_by_name(tmp_path):
     assert made.found.all()
     summary = maodun.evaluate(Linear(), (x, y), norm="linf", eps=0.3, attack=f"file:{path}", diagnostics=False)
     assert summary.robust.value == 0.0
+
+
+def test_a_kind_without_a_file_says_what_to_do():
+    with pytest.raises(InputError, match="maodun train"):
+        build_attack("shift")
 
 
 def test_another_shape_norm_or_target_is_refused_by_name():

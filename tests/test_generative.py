@@ -350,6 +350,17 @@ class TestRecipe:
         assert not set(recipe.proxies) & set(recipe.measure.targets)
 
 
+@pytest.mark.parametrize("kind", [AdvGAN, MultiProxy, GanSampling])
+def test_every_trained_kind_has_a_page_that_names_its_options(kind):
+    text = (RECIPES.parents[1] / "docs" / "attacks" / f"{kind.name}.md").read_text()
+    left_out = {"tensors", "about"}
+    missing = [each.name for each in dataclasses.fields(kind) if each.init and f"`{each.name}`" not in text]
+    assert set(missing) <= left_out
+    assert kind.name in text
+    for option in MultiProxyOptions.__dataclass_fields__ if kind is MultiProxy else ():
+        assert f"`{option}`" in text or f"`{option}`" in (RECIPES.parents[1] / "docs/attacks/advgan.md").read_text()
+
+
 def _two_classes():
     data = load_data("digits", limit=10)
     return dataclasses.replace(data, y=data.y % 2)

@@ -32,8 +32,7 @@ PREFIX = "file:"
 _FORMAT = 1
 _HEADER = "maodun"
 _CHUNK = 256
-# Each kind of trained attack (its class's `name`) and the module under maodun.attacks that has the class.
-_KINDS: dict[str, str] = {
+KINDS: dict[str, str] = {
     "advgan": "generative.attack",
     "multi-proxy": "generative.attack",
     "gan-sampling": "generative.attack",
@@ -191,9 +190,9 @@ def load_attack(path: str | Path, sha256: str | None = None, **options: Any) -> 
 
 def kind_of(name: str, where: str) -> type[TrainedAttack]:
     """Return the class of a kind of trained attack; InputError about `where` when there is none."""
-    if name not in _KINDS:
-        raise InputError(where, f"is of the kind '{name}', which is not known here", nearest(name, list(_KINDS)))
-    room = importlib.import_module(f"maodun.attacks.{_KINDS[name]}")
+    if name not in KINDS:
+        raise InputError(where, f"is of the kind '{name}', which is not known here", nearest(name, list(KINDS)))
+    room = importlib.import_module(f"maodun.attacks.{KINDS[name]}")
     return next(
         thing
         for thing in vars(room).values()
