@@ -29,7 +29,7 @@ class Normalise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (x - mean) / std; InputError for another number of channels, which would be broadcast silently."""
         # While tracing, sizes are tensors and a comparison would be frozen into the program.
-        if not torch.jit.is_tracing() and x.shape[1] != self.mean.shape[1]:  # type: ignore[no-untyped-call]
+        if not torch.jit.is_tracing() and x.shape[1] != self.mean.shape[1]:  # type: ignore[no-untyped-call, attr-defined]
             reason = f"have {x.shape[1]} channels where the model takes {self.mean.shape[1]}"
             raise InputError("inputs", reason, "take a model made for them")
         return (x - self.mean) / self.std
