@@ -18,6 +18,19 @@ import torch
 from PIL import Image
 from victims import Nearest
 
+from maodun.zoo import load_model
+
+QUICK = {"timeout": 20.0, "retries": 2, "backoff": 0.01}
+
+
+def remote(url: str, **options: Any) -> Any:
+    return load_model(url, options={**QUICK, **options}).model
+
+
+def scores(model: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x)
+
 
 class Service:
     """Counts every image it answers in `asked`, every request in `requests`; `before(n)` may misbehave first.

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import Outcome
-from service import Service, serving
-from test_resume_kill import start
+from service import QUICK, Service, remote, scores, serving
 from victims import Nearest
 
 import maodun
-from maodun.arena.store import Store
 from maodun.attacks.query.square import Square
 from maodun.core.errors import InputError, MaodunError, TargetError
 from maodun.core.oracle import Budget, Oracle
@@ -30,21 +24,10 @@ from maodun.zoo import load_data, load_model
 from maodun.zoo.foreign.dialect import Dialect
 from maodun.zoo.foreign.transport import Bucket
 
-QUICK = {"timeout": 20.0, "retries": 2, "backoff": 0.01}
-
 
 @pytest.fixture(scope="module")
 def digits():
     return load_data("digits", limit=24)
-
-
-def remote(url: str, **options: Any) -> Any:
-    return load_model(url, options={**QUICK, **options}).model
-
-
-def scores(model: Any, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x)
 
 
 # --- what is sent and what is read
@@ -331,195 +314,3 @@ def test_a_budget_of_nothing_is_one_line(maodun: Callable[..., Outcome], tmp_pat
         with pytest.raises(InputError, match="does not pay for a single query"):
             Square().run(Oracle(remote(url), budget=Budget(queries=0)), digits.x, digits.y, Threat("linf", 0.1))
     assert service.requests == 0
-
-
-# --- addresses and secrets
-
-
-@pytest.fixture
-def no_packets(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*words: Any) -> None:
-        raise AssertionError("a packet was sent")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-
-
-@pytest.mark.parametrize("host", ["192.0.2.1", "[2001:db8::1]", "0.0.0.0", "10.0.0.1:8000"])
-def test_other_machines_are_refused_before_any_packet(no_packets, host, maodun: Callable[..., Outcome]):
-    with pytest.raises(InputError, match="which is not this machine; give --allow-remote"):
-        load_model(f"http://{host}/predict")
-    words = ("--data", "digits", "--limit", 4, "--attack", "square", "--eps", 0.1)
-    assert "which is not this machine" in maodun("evaluate", "--model", f"http://{host}/predict", *words).error
-
-
-def test_every_address_of_a_name_must_be_this_machine(monkeypatch, no_packets):
-    def resolve(*words: Any, **more: Any) -> list[Any]:
-        return [(2, 1, 6, "", (address, 80)) for address in ("127.0.0.1", "192.0.2.7")]
-
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    with pytest.raises(InputError, match=r"classifier.example is 192\.0\.2\.7"):
-        load_model("http://classifier.example/predict")
-
-
-def test_a_name_cannot_be_made_to_mean_another_machine_later(monkeypatch, digits):
-    plain = socket.getaddrinfo
-    with serving(Service()) as url:
-        port = url.split(":")[2].split("/")[0]
-        monkeypatch.setattr(
-            socket,
-            "getaddrinfo",
-            lambda host, *words, **more: plain("127.0.0.1" if host == "toy" else host, *words, **more),
-        )
-        model = remote(f"http://toy:{port}/predict")
-
-        def later(host: str, *words: Any, **more: Any) -> Any:
-            assert host == "127.0.0.1"
-            return plain(host, *words, **more)
-
-        monkeypatch.setattr(socket, "getaddrinfo", later)
-        assert scores(model, digits.x).shape == (24, 10)
-
-
-def test_allow_remote_is_refused_where_nothing_is_sent(maodun: Callable[..., Outcome]):
-    words = ("--data", "digits", "--attack", "square", "--eps", 0.1, "--allow-remote")
-    assert "is of no use for 'zoo:digits-cnn'" in maodun("evaluate", "--model", "zoo:digits-cnn", *words).error
-
-
-def test_tokens_come_from_the_environment_and_are_kept_nowhere(digits, monkeypatch, tmp_path):
-    monkeypatch.setenv("TOY_TOKEN", "hush-hush-123")
-    service = Service()
-    with serving(service) as url:
-        model = load_model(url + "?key=${TOY_TOKEN}", options={"headers": {"Authorization": "Bearer ${TOY_TOKEN}"}})
-        attack = {"attack": "square", "options": {"queries": 2}}
-        maodun.evaluate(model, digits.take(4), norm="linf", eps=0.1, attack=attack, out=tmp_path / "run")
-    assert all(each["Authorization"] == "Bearer hush-hush-123" for each in service.headers)
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(files) > 4
-    assert not any(b"hush-hush" in path.read_bytes() for path in files)
-
-
-@pytest.mark.parametrize(
-    ("url", "headers", "words"),
-    [
-        ("http://me:secret@127.0.0.1/x", {}, "has a password in its URL"),
-        ("http://127.0.0.1/x?api_key=123", {}, "'api_key' is written out"),
-        ("http://127.0.0.1/x", {"Authorization": "Bearer 123"}, "'Authorization' is written out"),
-        ("http://127.0.0.1/x", {"X-Api-Key": "${NO_SUCH_VARIABLE_HERE}"}, "NO_SUCH_VARIABLE_HERE is not set"),
-    ],
-)
-def test_secrets_that_are_written_out_are_refused(url, headers, words):
-    with pytest.raises(InputError, match=words) as caught:
-        load_model(url, options={"headers": headers})
-    assert "secret@" not in str(caught.value)
-    assert "123" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"timeouts": 3}, "has no option 'timeouts'; did you mean 'timeout'"),
-        ({"body": "xml"}, "option 'body' is wrong"),
-        ({"kind": "label"}, "how many classes there are is not known"),
-        ({"classes": 1}, "leaves nothing to confuse"),
-        ({"mapping": "nowhere.yaml"}, "mapping 'nowhere.yaml': it cannot be read"),
-    ],
-)
-def test_options_that_cannot_be_meant_are_refused_without_a_query(options, words):
-    with pytest.raises(InputError, match=words):
-        load_model("http://127.0.0.1:9/predict", options=options)
-
-
-def test_a_model_that_needs_gradients_is_refused_before_the_first_query(maodun: Callable[..., Outcome], tmp_path):
-    service = Service()
-    with serving(service) as url:
-        words = ("--data", "digits", "--limit", 4, "--eps", 0.1, "--out", tmp_path / "run")
-        error = maodun("evaluate", "--model", url, "--attack", "pgd", *words).error
-    assert "access 'gradient' is needed, and the model grants scores only; give it gradient nes" in error
-    assert service.requests == 0
-    assert not (tmp_path / "run").exists()
-
-
-# --- nothing is asked twice
-
-
-def command(url: str, out: Path, *more: object) -> tuple[object, ...]:
-    quick = [word for key, value in QUICK.items() for word in ("--model-option", f"{key}={value}")]
-    attack = ("--attack", "square:queries=30", "--access", "scores", "--query-budget", 25)
-    data = ("--data", "digits", "--limit", 12, "--eps", 0.1)
-    return ("evaluate", "--model", url, *data, *attack, "--out", out, *quick, *more)
-
-
-def asked_once(service: Service) -> None:
-    counts = sorted(service.asked.values())
-    assert counts[-2:] == [1, 2], "only the very first image may be asked for twice"
-
-
-def test_a_service_that_fails_half_way_costs_no_answer(maodun: Callable[..., Outcome], tmp_path):
-    service = Service(before=lambda n, handler: 10 <= n < 13 and handler.say(500, b"ouch"))
-    with serving(service) as url:
-        out = tmp_path / "run"
-        error = maodun(*command(url, out)).error
-        assert f"answers 500, 3 times; see to the service; the same command line goes on (--out {out})" in error
-        # At another pace it is still the same run.
-        again = maodun(*command(url, out, "--model-option", "rate=2000"))
-        assert again.code == 0, again.err
-        asked_once(service)
-        bill = [event["bill"] for event in Store(out).events() if event["event"] == "bill"][-1]
-        assert bill.startswith(f"{service.requests:,} requests")
-        assert bill.split(" answers kept")[0].endswith(f" {len(service.asked):,}")
-        assert bill.split(",")[0] in again.out
-        assert "holds a run of another recipe" in maodun(*command(url, out, "--model-option", "output=logits")).error
-
-
-def test_an_answer_is_for_one_target_only(tmp_path, digits):
-    journal = str(tmp_path / "mine.bin")
-    with serving(Service()) as one, serving(Service()) as two:
-        scores(remote(one, journal=journal), digits.x)
-        with pytest.raises(MaodunError, match="holds the answers of another target"):
-            remote(two, journal=journal)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_killed_runs_ask_for_no_image_twice(tmp_path, maodun: Callable[..., Outcome]):
-    victim: list[int] = []
-    deaths = {4, 60}
-
-    def kill(n: int, handler: Any) -> bool:
-        if n not in deaths:
-            return False
-        os.kill(victim[-1], signal.SIGKILL)
-        return True
-
-    service = Service(before=kill)
-    recipe, out = tmp_path / "r.yaml", tmp_path / "run"
-    with serving(service) as url:
-        recipe.write_text(
-            "data: {spec: digits, limit: 16}\nthreats: [{norm: linf, eps: 0.1}]\nshard_size: 8\n"
-            f"shields: [{{model: '{url}', model_options: {{batch: 4, concurrency: 1, backoff: 0.01}}}}]\n"
-            "spears: [{attack: square, options: {queries: 40}}]\n"
-        )
-        for _ in deaths:
-            process = start(recipe, out)
-            victim.append(process.pid)
-            process.join(100)
-            assert process.exitcode == -signal.SIGKILL
-        process = start(recipe, out)
-        process.join(100)
-        assert process.exitcode == 0
-    asked_once(service)
-    bill = [event["bill"] for event in Store(out).events() if event["event"] == "bill"][-1]
-    # Requests whose answers a kill swallowed are on the bill too.
-    assert bill.startswith(f"{service.requests:,} requests with ")
-    assert service.requests > max(deaths)
-    same = tmp_path / "same.yaml"
-    same.write_text(
-        recipe.read_text().partition("shields")[0] + "shields: [{model: 'victims:linear'}]\n"
-        "spears: [{attack: square, options: {queries: 40}}]\ndiagnostics: false\n"
-    )
-    from maodun.arena.summary import summarise
-
-    assert maodun("arena", same, "--out", tmp_path / "same", "--quiet").code == 0
-    there, here = (summarise(str(folder)).cells[0] for folder in (out, tmp_path / "same"))
-    assert (there.robust, there.clean, there.queries) == (here.robust, here.clean, here.queries)
