@@ -17,7 +17,7 @@ from maodun.attacks import artifacts
 from maodun.attacks.artifacts import TrainedAttack, list_artifacts, load_attack, save_artifact
 from maodun.attacks.registry import build_attack
 from maodun.core.engine import Attack
-from maodun.core.errors import InputError, UnsupportedError
+from maodun.core.errors import InputError, StoreError, UnsupportedError
 from maodun.core.oracle import Oracle
 from maodun.core.status import Status
 from maodun.core.threat import Threat
@@ -136,6 +136,18 @@ def test_file_colon_path_is_an_attack_by_name(tmp_path):
     assert made.found.all()
     summary = maodun.evaluate(Linear(), (x, y), norm="linf", eps=0.3, attack=f"file:{path}", diagnostics=False)
     assert summary.robust.value == 0.0
+
+
+def test_a_run_does_not_go_on_with_another_file_of_the_same_name(tmp_path):
+    x, y = images()
+    path, run = tmp_path / "a.safetensors", tmp_path / "run"
+    save_artifact(shift(), path)
+    given = {"norm": "linf", "eps": 0.3, "attack": f"file:{path}", "diagnostics": False, "out": run}
+    maodun.evaluate(Linear(), (x, y), **given)
+    maodun.evaluate(Linear(), (x, y), **given)
+    save_artifact(shift(scale=0.5), path)
+    with pytest.raises(StoreError, match="another recipe"):
+        maodun.evaluate(Linear(), (x, y), **given)
 
 
 def test_a_kind_without_a_file_says_what_to_do():

@@ -19,9 +19,11 @@ from maodun.arena.recipe import Recipe, ShieldSpec
 from maodun.arena.store import Store
 from maodun.arena.surrogates import PREFIX, Surrogate, found_name, load_surrogates, white_box
 from maodun.arena.surrogates import oracle as surrogate_oracle
+from maodun.attacks.artifacts import TrainedAttack
 from maodun.core import admission
 from maodun.core.errors import InputError, UnsupportedError
 from maodun.core.oracle import Oracle, granted, is_stochastic
+from maodun.core.sizing import metered
 from maodun.core.verdict import Rule
 
 if TYPE_CHECKING:
@@ -154,15 +156,15 @@ def refuse_rounding(arena: Arena) -> None:
             raise InputError(f"eps {cell.threat.eps:g}", reason, f"give {int(levels)}/255, or body=npy or pixels=float")
 
 
-def metered(shield: Shield) -> list[Any]:
-    """Return the parts of a shield that cost queries elsewhere: services with a journal and a bill."""
+def services(shield: Shield) -> list[Any]:
+    """Return the parts of a shield that cost queries elsewhere: each has a journal and a bill."""
     return [module for module in shield.model.modules() if getattr(module, "metered", False)]
 
 
 def keep_answers(arena: Arena) -> None:
     """Let services keep their answers beside a local store, so that a second start asks for none of them again."""
     for shield in arena.shields.values():
-        for service in metered(shield) if arena.store.local else ():
+        for service in services(shield) if arena.store.local else ():
             service.keep_answers(Path(arena.store.root) / "answers")
 
 
@@ -203,7 +205,7 @@ def _stochastic(model: nn.Module, data: Dataset, device: torch.device) -> bool:
     """Tell whether a module declares randomness or answers the same few samples in two ways."""
     if is_stochastic(model):
         return True
-    if any(getattr(module, "metered", False) for module in model.modules()):
+    if metered(model):
         # A service says so itself: to try it out would cost queries.
         return False
     oracle = Oracle(model)
@@ -258,7 +260,8 @@ def manifest(arena: Arena, command: str) -> dict[str, Any]:
         },
         "classes": list(data.classes),
         "weights": {label: shield.sha256 for label, shield in arena.shields.items()}
-        | {PREFIX + spec: each.sha256 for spec, each in arena.surrogates.items()},
+        | {PREFIX + spec: each.sha256 for spec, each in arena.surrogates.items()}
+        | {cell.spec.attack: cell.attack.sha256 for cell in arena.plan.cells if isinstance(cell.attack, TrainedAttack)},
         "shields": {label: shield.about for label, shield in arena.shields.items()},
         "cells": [
             {
