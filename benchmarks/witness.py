@@ -60,7 +60,7 @@ PLAN: tuple[Trial, ...] = (
 )
 
 ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "pgd20": ("pgd", {"steps": 20, "rel_step": 0.125}),
+    "pgd20": ("pgd", {"steps": 20, "rel_step": 0.25}),
     "sharp": ("sharp", {}),
     "standard": ("autoattack", {}),
     "standard bf16": ("autoattack", {"precision": "bf16"}),

@@ -28,11 +28,11 @@ class PGDState(State):
 class PGD(Attack[PGDState]):
     """Projected gradient ascent on a loss inside the threat's ball (Madry et al., ICLR 2018).
 
-    Inputs N x ..., values in [0, 1]. `loss` is ce, margin, dlr or probability, or, whatever the labels
-    say, kl or square (how far the answer moves from the clean one). `steps` per restart. `step_size` is
-    in input units; None means 2.5 * eps / steps. `restarts` runs from fresh starts, on the samples not yet broken.
-    `random_start` draws the start uniformly from the ball. Costs `steps` forwards and backwards per sample and
-    restart and one last forward, less what stops early.
+    Inputs N x ..., values in [0, 1]. `loss` is ce, margin, dlr or probability, or, whatever the labels say, kl or
+    square (how far the answer moves from the clean one). `steps` per restart. `step_size` is in input units; None
+    means eps / 4, or 2.5 * eps / steps where that is more. `restarts` runs from fresh starts, on the samples not yet
+    broken. `random_start` draws the start uniformly from the ball. Costs `steps` forwards and backwards per sample
+    and restart and one last forward, less what stops early.
     """
 
     name: ClassVar[str] = "pgd"
@@ -91,7 +91,7 @@ class PGD(Attack[PGDState]):
     def rate(self, problem: Problem) -> float:
         """Return the step size in input units."""
         eps = min(problem.threat.eps, 1e3)
-        return 2.5 * eps / self.steps if self.step_size is None else self.step_size
+        return max(2.5 / self.steps, 0.25) * eps if self.step_size is None else self.step_size
 
     def _start(self, problem: Problem, restart: int) -> Tensor:
         if not self.random_start and restart == 0:
