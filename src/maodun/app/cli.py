@@ -85,6 +85,19 @@ def train(
 
 
 @app.command()
+def multitask(
+    recipe: Annotated[str, typer.Argument(help="A multi-task recipe in YAML.", show_default=False)],
+    out: Annotated[str, typer.Option(help="The run's folder.")] = "runs/multi-task",
+    row: Annotated[list[str] | None, typer.Option(help="Make only this row now; may be repeated.")] = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Attack one set of images and ask every task about it; the same line again makes what is missing."""
+    from maodun.app import multitask as room
+
+    room.multitask(recipe, out, row or [], quiet=quiet)
+
+
+@app.command()
 def report(
     folder: Annotated[str, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)],
     out: Annotated[
