@@ -112,7 +112,7 @@ class TestLoop:
         def broken(model: nn.Module, batch: Batch) -> Tensor:
             return model(batch.x).sum() * math.nan
 
-        with pytest.raises(InputError, match="not finite; lower the rate"):
+        with pytest.raises(InputError, match="the loss is nan; lower the rate"):
             fit(network(), X, Y, broken, FitSettings(epochs=1), validate=accuracy)
 
 
