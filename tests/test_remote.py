@@ -250,7 +250,13 @@ def test_a_service_that_changes_its_mind_is_refused_unless_it_is_announced(digit
         attack = {"attack": "square", "options": {"queries": 3}}
         found = maodun.evaluate(model, digits.take(6), norm="linf", eps=0.05, attack=attack, draws=4)
         assert found.cells[0].draws == 4
-        assert model.model.bill().reused == 0
+        # Every draw is a question of its own, and the same run again repeats none of them.
+        asked = model.model.bill().images
+        assert asked == service.asked.total() - 2 > 6 * 4
+        again = maodun.evaluate(model, digits.take(6), norm="linf", eps=0.05, attack=attack, draws=4)
+        assert again.cells[0].robust == found.cells[0].robust
+        assert model.model.bill().images == asked
+        assert scores(model.model, digits.x[:0]).shape[0] == 0
 
 
 # --- limits

@@ -11,7 +11,7 @@ from conftest import Outcome
 from service import Service, remote, scores, serving
 
 import maodun
-from maodun.core.errors import InputError
+from maodun.core.errors import InputError, TargetError
 from maodun.zoo import load_data, load_model
 
 
@@ -63,6 +63,30 @@ def test_a_name_cannot_be_made_to_mean_another_machine_later(monkeypatch, digits
 
         monkeypatch.setattr(socket, "getaddrinfo", later)
         assert scores(model, digits.x).shape == (24, 10)
+
+
+def test_a_name_of_two_addresses_is_asked_at_the_one_that_listens(monkeypatch, digits):
+    plain, service = socket.getaddrinfo, Service()
+    with serving(service) as url:
+        port = int(url.split(":")[2].split("/")[0])
+
+        def resolve(host: str, *words: Any, **more: Any) -> Any:
+            found = ["::1", "127.0.0.1"] if host == "toy" else [host]
+            return [entry for each in found for entry in plain(each, *words, **more)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        model = remote(f"http://toy:{port}/predict", retries=0)
+        assert scores(model, digits.x).shape == (24, 10)
+        assert service.headers[0]["Host"] == f"toy:{port}"
+        assert service.requests == model.bill().requests == 3
+
+
+def test_services_that_repeat_a_token_do_not_get_it_printed(monkeypatch, digits):
+    monkeypatch.setenv("TOY_TOKEN", "hush-hush-123")
+    for status, words in ((403, r"answers 403 \(bad \*\*\*\)"), (200, r"it is no JSON \(bad \*\*\*\)")):
+        service = Service(before=lambda n, handler, code=status: handler.say(code, b"bad hush-hush-123"))
+        with serving(service) as url, pytest.raises(TargetError, match=words):
+            scores(remote(url, headers={"X-Token": "${TOY_TOKEN}"}), digits.x)
 
 
 def test_allow_remote_is_refused_where_nothing_is_sent(maodun: Callable[..., Outcome]):

@@ -14,7 +14,7 @@ from maodun.arena.diagnostics import diagnose, findings_name
 from maodun.arena.plan import Unit
 from maodun.arena.progress import Watcher, watcher
 from maodun.arena.recipe import Recipe
-from maodun.arena.setup import Arena, Shield, metered, prepare, versions
+from maodun.arena.setup import Arena, Shield, prepare, services, versions
 from maodun.arena.summary import RunSummary, summarise
 from maodun.arena.work import Clean, execute
 from maodun.core import admission
@@ -73,7 +73,7 @@ def drive(arena: Arena, watch: Watcher) -> RunSummary:
 
 def bills(arena: Arena) -> dict[str, str]:
     """Return, per shield, what its services have cost in words; shields that cost nothing elsewhere have none."""
-    found = {label: [str(each.bill()) for each in metered(shield)] for label, shield in arena.shields.items()}
+    found = {label: [str(each.bill()) for each in services(shield)] for label, shield in arena.shields.items()}
     return {label: "; ".join(lines) for label, lines in found.items() if lines}
 
 

@@ -11,6 +11,15 @@ _CPU_ACTIVATION_BYTES = 64 * 2**20
 _GPU_SHARE = 0.25
 
 
+# What a model that is asked elsewhere is given at a time; it makes its own requests of it.
+_METERED = 256
+
+
+def metered(model: nn.Module) -> bool:
+    """Tell whether any submodule declares `metered = True`: a forward costs a query elsewhere."""
+    return any(getattr(module, "metered", False) is True for module in model.modules())
+
+
 def activation_bytes(model: nn.Module, x: Tensor) -> int:
     """Return the bytes of all leaf-module outputs for one sample, measured by one forward of the first row of `x`."""
     total = 0
@@ -35,6 +44,8 @@ def automatic_batch_size(model: nn.Module, x: Tensor) -> int:
     """Return a power of two between 8 and 512 (4096 on a GPU) for micro-batches of `x` (N x ...)."""
     if x.shape[0] == 0:
         return 1
+    if metered(model):
+        return _METERED
     each = activation_bytes(model, x)
     if x.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(x.device)

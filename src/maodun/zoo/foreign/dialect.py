@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import inspect
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -64,7 +65,7 @@ class Dialect(_Options):
     def digest(self, *more: str) -> str:
         """Return the SHA-256 of everything that decides what an answer means, with `more` such as the URL."""
         said = self.model_dump(mode="json", exclude={"batch", "request", "response"})
-        said["functions"] = [getattr(each, "__qualname__", "") for each in (self.request, self.response) if each]
+        said["functions"] = [_source(each) for each in (self.request, self.response) if each]
         return hashlib.sha256(json.dumps([said, *more], sort_keys=True).encode()).hexdigest()
 
     def sent(self, x: Array) -> Array:
@@ -149,6 +150,14 @@ def make_options(options: Mapping[str, Any], thing: str) -> tuple[Dialect, Condu
         name = ".".join(str(part) for part in first["loc"][:1])
         raise InputError(thing, f"option '{name}' is wrong ({first['msg']})", "correct its value") from None
     return dialect, conduct
+
+
+def _source(function: Any) -> str:
+    """Return the text of a function, so that a changed one does not answer for the old."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def _png(image: Array, layout: str) -> bytes:

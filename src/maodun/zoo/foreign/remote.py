@@ -65,6 +65,8 @@ class RemoteModel(Foreign):
 
     def answers(self, x: Array) -> Array:
         """Return what the service says of `x`; only images without a kept answer are sent."""
+        if not x.shape[0]:
+            return np.zeros((0, self._journal.width or 1), dtype=np.float32)
         images = self.dialect.sent(self._checked(x))
         keys = self._keys(images)
         missing = list({key: row for row, key in enumerate(keys) if key not in self._journal}.values())
@@ -153,7 +155,7 @@ class RemoteModel(Foreign):
             if expected is not None and rows.shape[1] != expected:
                 raise GarbageError(f"it has {rows.shape[1]} classes instead of {expected}")
         except GarbageError as error:
-            reason = f"its answer cannot be used: {error}"
+            reason = f"its answer cannot be used: {self._client.hide(str(error))}"
             raise TargetError(self.thing, reason, "check the service and its mapping") from None
         return rows
 

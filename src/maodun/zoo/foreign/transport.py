@@ -28,14 +28,15 @@ _SECRET = re.compile(r"auth|cookie|token|secret|passw|(^|[-_])key$|api-?key", re
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
-def expand(text: str, thing: str) -> str:
-    """Replace every ${NAME} by that environment variable; InputError when it is unset."""
+def expand(text: str, thing: str, secrets: list[str]) -> str:
+    """Replace every ${NAME} by that environment variable, noted in `secrets`; InputError when it is unset."""
 
     def value(match: re.Match[str]) -> str:
         found = os.environ.get(match[1])
         if found is None:
             reason = f"the environment variable {match[1]} is not set"
             raise InputError(thing, reason, f"export {match[1]} before the run")
+        secrets.append(found)
         return found
 
     return _VARIABLE.sub(value, text)
@@ -97,16 +98,15 @@ class Client:
     def __init__(self, url: str, headers: Mapping[str, str], conduct: Conduct, thing: str) -> None:
         self.thing, self.conduct, self.stop = thing, conduct, threading.Event()
         refuse_secrets(url, headers, thing)
-        url = expand(url, thing)
+        self._secrets: list[str] = []
+        url = expand(url, thing, self._secrets)
         parts = urlsplit(url)
         if not parts.hostname:
             raise InputError(thing, "names no host", "write http://127.0.0.1:8000/predict, for example")
-        self._headers = {name: expand(value, thing) for name, value in headers.items()}
+        self._headers = {name: expand(value, thing, self._secrets) for name, value in headers.items()}
         self._headers["Host"] = parts.netloc
         self._extensions: dict[str, Any] = {}
-        if not conduct.allow_remote:
-            parts = self._pinned(parts)
-        self._url = parts.geturl()
+        self._urls = [parts.geturl()] if conduct.allow_remote else self._pinned(parts)
         self._bucket = Bucket(conduct.rate, conduct.burst)
         self._random = np.random.default_rng()
         self._client = _httpx(thing).Client(
@@ -116,8 +116,8 @@ class Client:
             limits=_httpx(thing).Limits(max_connections=conduct.concurrency),
         )
 
-    def _pinned(self, parts: SplitResult) -> SplitResult:
-        """Return the URL with the host's own address in it, so that a second look-up cannot lead elsewhere."""
+    def _pinned(self, parts: SplitResult) -> list[str]:
+        """Return the URL with each address of the host in its place, so that a second look-up cannot lead elsewhere."""
         found = addresses(parts, self.thing)
         away = [each for each in found if not ipaddress.ip_address(each.partition("%")[0]).is_loopback]
         if away:
@@ -126,8 +126,16 @@ class Client:
             raise InputError(self.thing, reason, remedy)
         if parts.scheme == "https":
             self._extensions["sni_hostname"] = parts.hostname
-        host = f"[{found[0]}]" if ":" in found[0] else found[0]
-        return parts._replace(netloc=host if parts.port is None else f"{host}:{parts.port}")
+        hosts = [f"[{each}]" if ":" in each else each for each in found]
+        return [
+            parts._replace(netloc=host if parts.port is None else f"{host}:{parts.port}").geturl() for host in hosts
+        ]
+
+    def hide(self, text: str) -> str:
+        """Return `text` without the values that came from the environment, as services like to repeat them."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***") if secret else text
+        return text
 
     def send(self, content: bytes, kind: str, note: Callable[[], None]) -> bytes:
         """Return the body of the answer to a POST of `content`; `note` is called before every try."""
@@ -155,18 +163,14 @@ class Client:
     def _try(self, content: bytes, kind: str) -> tuple[bytes | None, str, float]:
         """Return the answer, or None with the reason why trying again may help and the pause the service asked for."""
         httpx = _httpx(self.thing)
-        headers = {"Content-Type": kind, "Accept": "application/json", **self._headers}
         try:
-            with self._client.stream(
-                "POST", self._url, content=content, headers=headers, extensions=self._extensions
-            ) as response:
-                body = self._body(response)
+            response, body = self._post(content, kind)
         except httpx.TimeoutException:
             return None, f"does not answer within {self.conduct.timeout:g} s", 0.0
         except httpx.DecodingError:
             return None, "sends an answer that cannot be unpacked", 0.0
         except httpx.TransportError as error:
-            return None, f"cannot be reached ({str(error)[:120] or type(error).__name__})", 0.0
+            return None, f"cannot be reached ({self.hide(str(error))[:120] or type(error).__name__})", 0.0
         status = response.status_code
         if 200 <= status < 300:
             return body, "", 0.0
@@ -174,10 +178,26 @@ class Client:
             asked = response.headers.get("Retry-After", "")
             return None, f"answers {status}", min(_LONGEST_PAUSE, float(asked) if asked.isdigit() else 0.0)
         if 300 <= status < 400:
-            where = str(response.headers.get("Location", "nowhere"))[:120]
+            where = str(response.headers.get("Location", "nowhere")).partition("?")[0][:120]
             raise TargetError(self.thing, f"redirects to {where}, which is not followed", "give the final address")
         remedy = "check the address, the token and what the service expects"
-        raise TargetError(self.thing, f"answers {status} ({excerpt(body)})", remedy)
+        raise TargetError(self.thing, f"answers {status} ({self.hide(excerpt(body))})", remedy)
+
+    def _post(self, content: bytes, kind: str) -> tuple[httpx.Response, bytes]:
+        """Return status, headers and body; of several addresses of one name the first that takes connections."""
+        httpx = _httpx(self.thing)
+        headers = {"Content-Type": kind, "Accept": "application/json", **self._headers}
+        for url in list(self._urls):
+            try:
+                with self._client.stream(
+                    "POST", url, content=content, headers=headers, extensions=self._extensions
+                ) as response:
+                    return response, self._body(response)
+            except httpx.ConnectError:
+                if len(self._urls) == 1:
+                    raise
+                self._urls = [*(each for each in self._urls if each != url), url]
+        raise httpx.ConnectError("no address of the host takes connections")
 
     def _body(self, response: httpx.Response) -> bytes:
         httpx, parts, size = _httpx(self.thing), [], 0
