@@ -63,9 +63,9 @@ class Candidates:
     """What a search hands to the verdict, one row per sample, in the order given.
 
     `x_adv` is the best candidate, or the clean input where nothing was found (of a search on a surrogate: where it
-    ended); `distance` its distance in the threat's
-    norm (0 for a clean input); `status` (uint8) are Status values; counts are int64; `seconds` is the whole run's
-    wall time; `clean_logits` are those of the unperturbed inputs when the run computed or was given them.
+    ended); `distance` its distance in the threat's norm (0 for a clean input); `status` (uint8) are Status values;
+    counts are int64; `seconds` is the whole run's wall time; `clean_logits` are those of the unperturbed inputs when
+    the run computed or was given them.
     """
 
     x_adv: Tensor
@@ -258,8 +258,9 @@ class Attack(Generic[S]):
             leave = leave | state.done
         if not bool(leave.any()):
             return problem, state
-        gone = leave.nonzero().squeeze(1)
-        self._settle(problem.select(gone), None if state is None else state.select(gone))
+        if problem.session.oracle.surrogate and state is not None:
+            gone = leave.nonzero().squeeze(1)
+            self._settle(problem.select(gone), state.select(gone))
         keep = (~leave).nonzero().squeeze(1)
         return problem.select(keep), None if state is None else state.select(keep)
 
