@@ -35,9 +35,9 @@ def train(recipe: str, out: str, *, resume: bool, quiet: bool) -> None:
 
     try:
         if trains_attack(recipe):
-            from maodun.arena.train_generator import train_generator
+            from maodun.arena.train_universal import train_attack
 
-            trained = train_generator(recipe, out, on_epoch=epoch, on_step=step, resume=resume)
+            trained = train_attack(recipe, out, on_epoch=epoch, on_step=step, resume=resume)
             where, measured = f"{trained.file}  (use it as --attack file:{trained.file})", trained.measured
         else:
             made = room.train(recipe, out, on_epoch=epoch, resume=resume)

@@ -25,6 +25,7 @@ _ROOMS = {
     "minimum.fab": ("fab",),
     "transfer.loop": ("transfer",),
     "universal.stadv": ("stadv",),
+    "universal.lavan": ("lavan",),
     "query.square": ("square",),
     "query.rays": ("rays",),
     "query.hopskipjump": ("hopskipjump",),
