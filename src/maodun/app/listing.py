@@ -54,6 +54,11 @@ def _models() -> Table:
     for card in list_models():
         here = "yes" if card.available else "needs MAODUN_DATA"
         table.add_row(card.spec, card.data, f"{card.parameters:,}", here, card.summary)
+    table.caption_justify = "left"
+    table.caption = (
+        "Also: package.module:factory, file.py:factory, torchscript:FILE, exported:FILE, torchvision:NAME, timm:NAME, "
+        "transformers:ID; and without gradients onnx:FILE, sklearn:file.py:factory, http://HOST/PATH."
+    )
     return table
 
 
