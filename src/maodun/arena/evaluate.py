@@ -132,7 +132,6 @@ def evaluate(
     label = spec.removeprefix(GIVEN) + ("" if defense == "none" else f" + {defense}")
     radii = list(eps) if isinstance(eps, Sequence) and not isinstance(eps, str) else [eps]
     stand_ins = {} if surrogate is None else _stand_ins(surrogate)
-    spears = [{"surrogate": list(stand_ins), **spear} for spear in _spears(attack, gradient, eot)]
     recipe = _recipe(
         {
             "name": f"{label} on {samples.spec}",
@@ -140,7 +139,7 @@ def evaluate(
             "data": {"spec": samples.spec, "limit": limit},
             "threats": [_threat(norm, radius, targeted).model_dump(mode="json") for radius in radii],
             "shields": [{"name": label, "model": spec, "defense": defense, "options": defense_options or {}}],
-            "spears": spears,
+            "spears": [{"surrogate": list(stand_ins), **spear} for spear in _spears(attack, gradient, eot)],
             "verdict": {"rule": rule, "draws": draws},
             "diagnostics": diagnostics,
             "adversarials": out is not None,
