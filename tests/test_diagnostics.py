@@ -19,6 +19,8 @@ from maodun.arena.recipe import make_recipe
 from maodun.arena.run import run
 from maodun.arena.setup import Arena, prepare
 from maodun.arena.summary import Finding
+from maodun.attacks.artifacts import save_artifact
+from maodun.attacks.universal.uap import UAP
 from maodun.core.oracle import Oracle
 from maodun.core.threat import Threat
 from maodun.zoo import Dataset
@@ -326,3 +328,44 @@ def test_an_audit_is_reported_with_what_it_overturned() -> None:
     (finding,) = cross_check([(about, columns)])
     assert finding.name == "audit" and finding.level == "note"
     assert "Of 31 samples given up 4 were audited" in finding.sentence and "overturned 1 (25.0 %" in finding.sentence
+
+
+@pytest.mark.parametrize(("split", "names"), [("train", ["seen_before"]), ("test", [])])
+def test_a_trained_attack_on_its_own_training_images_is_named(split, names, tmp_path):
+    x = 0.3 + 0.4 * torch.rand(20, 1, 4, 6, generator=generator(2))
+    model = linear(3)
+    data = make_dataset("given", "given", x.numpy(), model(x).argmax(1).numpy(), None)
+    about = {"recipe": {"data": {"spec": "given", "split": "train"}}}
+    uap = UAP(shape=(1, 4, 6), eps=0.1, tensors={"delta": torch.full((1, 4, 6), 0.1)}, about=about)
+    file = save_artifact(uap, tmp_path / "uap.safetensors")
+    recipe = make_recipe(
+        {
+            "data": {"spec": "given", "split": split},
+            "threats": [{"norm": "linf", "eps": 0.1}],
+            "shields": [{"name": "shield", "model": "given:model"}],
+            "spears": [{"attack": f"file:{file}", "name": "mine"}],
+        }
+    )
+    made = prepare(recipe, f"memory://diagnostics/{uuid.uuid4().hex}", models={"shield": model}, data=data)
+    found = [each for each in diagnostics.diagnose(made, made.shields["shield"]) if each.name != "cost"]
+    assert [each.name for each in found] == names
+    assert all(each.spear == "mine" and "train split" in each.sentence for each in found)
+
+
+def test_a_norm_without_trials_says_so_and_runs():
+    x = 0.3 + 0.4 * torch.rand(20, 1, 4, 6, generator=generator(2))
+    model = linear(3)
+    data = make_dataset("given", "given", x.numpy(), model(x).argmax(1).numpy(), None)
+    for norm, eps, attack in (("flow", 0.5, "stadv"), ("l0", 4, "fmn")):
+        recipe = make_recipe(
+            {
+                "data": {"spec": "given"},
+                "threats": [{"norm": norm, "eps": eps}],
+                "shields": [{"name": "shield", "model": "given:model"}],
+                "spears": [{"attack": attack}],
+            }
+        )
+        made = prepare(recipe, f"memory://diagnostics/{uuid.uuid4().hex}", models={"shield": model}, data=data)
+        found = {each.name: each for each in diagnostics.diagnose(made, made.shields["shield"])}
+        assert set(found) == {"zero_gradient", "trials", "cost"}
+        assert norm in found["trials"].sentence and found["trials"].level == "note"

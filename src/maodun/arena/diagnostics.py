@@ -53,7 +53,28 @@ def diagnose(arena: Arena, shield: Shield) -> list[Finding]:
     seconds = time.perf_counter() - started
     sentence = f"These checks cost {forwards} forwards, {backwards} backwards and {seconds:.1f} s in all."
     cost = Finding(name="cost", level="ok", shield=shield.label, spear=None, sentence=sentence, action="")
-    return [*found, cost]
+    return [*found, *seen_before(arena, shield), cost]
+
+
+def seen_before(arena: Arena, shield: Shield) -> list[Finding]:
+    """Was a trained attack trained on the very split it is judged on, as far as its file says?
+
+    Returns one warning per such spear of the shield.
+    """
+    data = arena.recipe.data
+    found = {}
+    for cell in arena.plan.cells:
+        learnt = getattr(cell.attack, "about", {}).get("recipe", {}).get("data", {})
+        if cell.shield == shield.label and learnt.get("spec") == data.spec and learnt.get("split") == data.split:
+            found[cell.spear] = Finding(
+                name="seen_before",
+                level="warning",
+                shield=shield.label,
+                spear=cell.spear,
+                sentence=f"{cell.spear} was trained on the {data.split} split of {data.spec} and is judged on it.",
+                action="Judge it on another split; on images it was trained on it looks stronger than it is.",
+            )
+    return list(found.values())
 
 
 def _laboratories(arena: Arena, shield: Shield) -> Iterator[Laboratory]:
