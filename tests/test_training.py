@@ -271,7 +271,14 @@ card: {summary: s, provenance: p, data: digits}
         recipe = self.write(tmp_path, self.text.replace("KIND", kind))
         lines: list[object] = []
         result = train(recipe, tmp_path / "out", on_epoch=lines.append)
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tiny.safetensors", "tiny.yaml"]
+        phases = ["student", "teacher"] if "distillation" in kind else ["model"]
+        tables = [f"tiny.{phase}.csv" for phase in phases]
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+            [*tables, "tiny.safetensors", "tiny.yaml"]
+        )
+        written = (tmp_path / "out" / tables[0]).read_text().splitlines()
+        assert written[0] == "epoch,loss,score,seconds"
+        assert [line.split(",")[0] for line in written[1:]] == ["0.0", "1.0"]
         assert len(lines) == (4 if "distillation" in kind else 2)
         loaded = load_model("zoo:digits-cnn", weights=str(result.weights)).model
         assert equal(loaded, result.model)

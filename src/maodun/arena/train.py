@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 from collections.abc import Callable
@@ -137,13 +138,25 @@ class _Run:
             augment=augment if recipe.augment.shift or recipe.augment.flip else NoAugmentation(),
             seed=seed,
             checkpoint=checkpoint,
-            on_epoch=None if self.on_epoch is None else partial(self._tell, name),
+            on_epoch=partial(self._tell, name),
         )
         return model, report
 
     def _tell(self, phase: str, line: dict[str, float]) -> None:
+        self._log(phase, line)
         if self.on_epoch is not None:
             self.on_epoch({"phase": phase, **line})
+
+
+    def _log(self, phase: str, line: dict[str, float]) -> None:
+        """Append the epoch to a table beside the checkpoint; the first epoch begins it anew."""
+        file = self.folder / f"{self.recipe.name}.{phase}.csv"
+        first = line["epoch"] == 0
+        with file.open("w" if first else "a", newline="", encoding="utf-8") as target:
+            writer = csv.DictWriter(target, list(line))
+            if first:
+                writer.writeheader()
+            writer.writerow(line)
 
 
 def _spear(inner: InnerAttack) -> tuple[Attack[Any], Threat]:
@@ -152,6 +165,8 @@ def _spear(inner: InnerAttack) -> tuple[Attack[Any], Threat]:
 
 def _score(model: nn.Module, *, x: Tensor, y: Tensor, inner: InnerAttack | None, seed: int) -> float:
     """Return clean accuracy, or robust accuracy against `inner`, on the held-out samples."""
+    device = next(model.parameters()).device
+    x, y = x.to(device), y.to(device)
     if inner is None:
         with torch.no_grad():
             return float((torch.cat([model(part) for part in torch.split(x, 256)]).argmax(1) == y).float().mean())

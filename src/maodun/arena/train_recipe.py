@@ -43,7 +43,11 @@ class FitSpec(_Part):
     warmup: float = Field(default=0.2, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
     average: float = Field(default=0.0, ge=0, lt=1)
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    schedule: Literal["one-cycle", "cosine", "piecewise"] = "one-cycle"
+    milestones: tuple[int, ...] = ()
+    factor: float = Field(default=0.1, gt=0)
+    accumulate: int = Field(default=1, ge=1)
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     channels_last: bool = False
 
 

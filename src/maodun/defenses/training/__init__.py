@@ -9,12 +9,13 @@ from maodun.defenses.training.awp import AWP
 from maodun.defenses.training.distillation import Distillation, soft_labels
 from maodun.defenses.training.dkl import DKL
 from maodun.defenses.training.fast import Free, NoisyFGSM
-from maodun.defenses.training.fit import FitReport, FitSettings, fit, split_holdout
+from maodun.defenses.training.fit import FitReport, fit, split_holdout
 from maodun.defenses.training.inner import Inner
 from maodun.defenses.training.mart import MART
 from maodun.defenses.training.objective import Batch, Crafter, Objective, Standard
 from maodun.defenses.training.pgd_at import AdversarialTraining, MixedTraining
 from maodun.defenses.training.score import SCORE
+from maodun.defenses.training.settings import FitSettings
 from maodun.defenses.training.trades import TRADES
 from maodun.defenses.training.uad import UAD
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from maodun.core.oracle import evaluation_mode
-from maodun.defenses.training.objective import Batch, Crafter
+from maodun.defenses.training.objective import Batch, Crafter, bare
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Adversarial:
 
     def craft(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the adversarial inputs of the batch, without a graph."""
-        with evaluation_mode(model):
-            return self.attack(model, batch).detach()
+        own = bare(model)
+        with evaluation_mode(own):
+            return self.attack(own, batch).detach()
 
     def loss(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> Tensor:
         """Return the mean loss given the adversarial inputs `x_adv`."""

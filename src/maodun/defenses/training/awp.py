@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from maodun.core.errors import InputError
-from maodun.defenses.training.objective import Batch
+from maodun.defenses.training.objective import Batch, bare
 
 
 class TwoStep(Protocol):
@@ -62,19 +61,18 @@ class AWP:
         """Return the base's loss at the moved weights."""
         if self.gamma == 0 or batch.step < self.warmup:
             return self.base.loss(model, batch, x_adv)
-        moved = self.moved(model, batch, x_adv)
+        own = bare(model)
+        place = next(path for path, module in model.named_modules() if module is own)
+        moved = {f"{place}.{name}".lstrip("."): value for name, value in self.moved(own, batch, x_adv).items()}
         return self.base.loss(_At(model, moved), batch, x_adv)
 
     def moved(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> dict[str, Tensor]:
-        """Return the moved weights by name, with a graph to the true ones."""
-        places = {name: p for name, p in _places(model) if p.requires_grad and p.ndim > 1}
+        """Return the moved weights under all their names, with a graph to the true ones."""
+        named = list(model.named_parameters(remove_duplicate=False))
+        places = {name: p for name, p in named if p.requires_grad and p.ndim > 1}
         weights = list(dict.fromkeys(places.values()))
         # The probe must not teach batch norm or the objective anything.
-        buffers = {
-            f"{path}.{name}".lstrip("."): value.clone()
-            for path, module in model.named_modules()
-            for name, value in module.named_buffers(recurse=False)
-        }
+        buffers = {name: value.clone() for name, value in model.named_buffers()}
         kept = {name: value.clone() for name, value in self.base.state().items()}
         value = self.base.loss(_At(model, buffers), batch, x_adv)
         self.base.restore(kept)
@@ -93,16 +91,6 @@ class AWP:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take up a state returned by `state`."""
         self.base.restore(state)
-
-
-def _places(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield every place that holds a parameter, by its path; shared weights have several, and each module one path.
-
-    A training loop's wrapper may register one module twice; replaced by both paths, it would not be put back.
-    """
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield f"{path}.{name}".lstrip("."), parameter
 
 
 class _At(nn.Module):

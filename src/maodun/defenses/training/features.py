@@ -22,7 +22,7 @@ def feature_layer(model: nn.Module, x: Tensor, name: str | None = None) -> nn.Mo
     """
     if name is not None:
         modules = dict(model.named_modules())
-        # The training loop may have wrapped the model, which puts a word before every path.
+        # A view of a model (at moved weights, say) puts a word before every path.
         paths = [path for path in modules if path == name or path.endswith("." + name)]
         if not paths:
             some = ", ".join(list(modules)[1:9])

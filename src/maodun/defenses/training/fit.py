@@ -6,37 +6,18 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maodun.core.errors import InputError
 from maodun.defenses.training.augment import NoAugmentation, ShiftFlip
-from maodun.defenses.training.objective import Batch, Learning, Objective, Replaying
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitSettings:
-    """How to train: SGD with Nesterov momentum under a one-cycle rate (linear up for `warmup` of the steps, then down).
-
-    `rate` is the peak learning rate, `decay` the weight decay (biases and norms included), `clip` the largest gradient
-    norm (None for none), `precision` "32-true" or "bf16-mixed", `average` the decay of the running mean of the weights
-    that is validated and kept (0 keeps the weights themselves).
-    """
-
-    epochs: int = 30
-    batch_size: int = 128
-    rate: float = 0.1
-    momentum: float = 0.9
-    decay: float = 5e-4
-    warmup: float = 0.2
-    clip: float | None = None
-    average: float = 0.0
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    channels_last: bool = False
+from maodun.defenses.training.memory import Memory
+from maodun.defenses.training.objective import Batch, Objective, Replaying
+from maodun.defenses.training.settings import FitSettings, Precision, optimiser_of, set_rate
 
 
 @dataclass(frozen=True)
@@ -78,168 +59,115 @@ def fit(
 ) -> FitReport:
     """Train `model` in place on x (N x ... in [0, 1]) and y (N,), and leave the best epoch's weights in it.
 
-    `validate` scores a model in evaluation mode, higher is better; it must use samples held out of `x`, never the test
-    set. `checkpoint` is a file written whole after every epoch (temporary name, then renamed); a second call with the
-    same arguments continues after the last one. Order, augmentation and inner attacks are functions of `seed` and the
-    epoch, so a continued run equals an undisturbed one. Returns a FitReport.
-    Errors: InputError when lightning-fabric is missing, the loss turns NaN, or the checkpoint is of other settings.
+    `validate` scores a model in evaluation mode, higher is better; it must use samples held out of `x`, never the
+    test set. `checkpoint` is a file written whole after every epoch (temporary name, then renamed); a second call
+    with the same arguments continues after the last one. Order, augmentation and inner attacks are functions of
+    `seed` and the epoch, so a continued run equals an undisturbed one. Started by torchrun, every process takes its
+    share of each batch and gradients are averaged: the same steps up to rounding, except that batch norm, and
+    objectives with a memory, see the shares; the first process validates and writes. A GPU is used where there is
+    one. Returns a FitReport. Errors: InputError when lightning-fabric is missing, the loss is not finite, or the
+    checkpoint is of other settings.
     """
+    if isinstance(objective, Replaying) and settings.accumulate > 1:
+        raise InputError("accumulate", "an objective that replays its batch keeps it whole", "leave accumulate at 1")
     fabric = _fabric(settings.precision)
-    augment = augment or NoAugmentation()
+    home = next(model.parameters()).device
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    wrapped, optimiser = fabric.setup(model, _optimiser(model, settings))
-    state = _State(model, optimiser, settings, seed, objective)
+    wrapped, optimiser = fabric.setup(model, optimiser_of(model, settings))
+    memory = Memory(model, optimiser, settings, seed, objective)
     if checkpoint is not None and checkpoint.exists():
-        state.load(checkpoint)
+        memory.load(checkpoint)
+    stepper = _Stepper(fabric, wrapped, model, optimiser, objective, settings, memory)
     per_epoch = math.ceil(x.shape[0] / settings.batch_size)
-    replays = objective.replays if isinstance(objective, Replaying) else 1
-    for epoch in range(state.epoch, settings.epochs):
+    for epoch in range(memory.epoch, settings.epochs):
         began, total = time.perf_counter(), 0.0
         model.train()
         order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
         for number, rows in enumerate(torch.split(order, settings.batch_size)):
             place = epoch * per_epoch + number
-            _set_rate(optimiser, settings, place / (settings.epochs * per_epoch))
-            inputs = augment(x[rows], rows, epoch, seed)
-            for replay in range(replays):
-                batch = Batch(inputs, y[rows], rows, place * replays + replay)
-                loss = objective(wrapped, batch)
-                optimiser.zero_grad()
-                fabric.backward(loss)
-                if isinstance(objective, Replaying):
-                    objective.after_backward(batch)
-                if settings.clip is not None:
-                    fabric.clip_gradients(wrapped, optimiser, max_norm=settings.clip)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    # Before the step, so that the weights of the last good one are still whole.
-                    where = f"epoch {epoch}, step {batch.step}"
-                    raise InputError(where, f"the loss is {value}", "lower the rate, or set clip; --resume goes on")
-                optimiser.step()
-                state.follow(model)
-            total += value * rows.numel()
+            set_rate(optimiser, settings, place / (settings.epochs * per_epoch))
+            total += stepper.batch(x, y, rows, place, epoch, augment or NoAugmentation(), seed) * rows.numel()
         line = {"epoch": float(epoch), "loss": total / x.shape[0]}
-        line |= {"score": state.score(validate), "seconds": time.perf_counter() - began}
-        state.record(line)
-        if checkpoint is not None:
-            state.save(checkpoint)
-        if on_epoch is not None:
-            on_epoch(line)
-    model.load_state_dict(state.best)
-    model.eval()
-    return FitReport(tuple(state.history), state.best_epoch, state.best_score)
+        line |= {"score": memory.score(lambda net: fabric.broadcast(validate(net) if fabric.is_global_zero else 0.0))}
+        line["seconds"] = time.perf_counter() - began
+        memory.record(line)
+        if fabric.is_global_zero:
+            if checkpoint is not None:
+                memory.save(checkpoint)
+            if on_epoch is not None:
+                on_epoch(line)
+        fabric.barrier()
+    model.load_state_dict(memory.best)
+    model.to(home).eval()
+    return FitReport(tuple(memory.history), memory.best_epoch, memory.best_score)
 
 
-class _State:
-    """What a run must remember between epochs: weights, their running mean, momentum, history and the best so far."""
+@dataclass(frozen=True)
+class _Stepper:
+    """One optimiser step after another: a batch shared out over processes and parts, replays, clipping, averaging."""
 
-    def __init__(
-        self, model: nn.Module, optimiser: Any, settings: FitSettings, seed: int, objective: Objective
-    ) -> None:
-        self.model, self.optimiser, self.decay = model, optimiser, settings.average
-        self.learning = objective if isinstance(objective, Learning) else None
-        self.signature = repr(sorted(asdict(settings).items())) + f" seed {seed}"
-        self.mean = _copy(model)
-        self.best, self.best_epoch, self.best_score = _copy(model), -1, -math.inf
-        self.history: list[dict[str, float]] = []
-        self.steps = 0
+    fabric: Any
+    wrapped: nn.Module
+    model: nn.Module
+    optimiser: Any
+    objective: Objective
+    settings: FitSettings
+    memory: Memory
 
-    @property
-    def epoch(self) -> int:
-        return len(self.history)
-
-    def follow(self, model: nn.Module) -> None:
-        """Move the running mean towards the weights; buffers and the first steps are followed closely."""
-        self.steps += 1
-        if not self.decay:
-            return
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                if value.is_floating_point():
-                    self.mean[name].lerp_(value, 1 - decay)
-                else:
-                    self.mean[name].copy_(value)
-
-    def score(self, validate: Callable[[nn.Module], float]) -> float:
-        """Return the validation score of the weights that would be kept."""
-        own = _copy(self.model)
-        if self.decay:
-            self.model.load_state_dict(self.mean)
-        self.model.eval()
-        value = validate(self.model)
-        if value >= self.best_score:
-            self.best, self.best_epoch, self.best_score = _copy(self.model), self.epoch, value
-        self.model.load_state_dict(own)
+    def batch(
+        self, x: Tensor, y: Tensor, rows: Tensor, place: int, epoch: int, augment: NoAugmentation | ShiftFlip, seed: int
+    ) -> float:
+        """Take the steps of one batch, the `place`-th of the run, and return its (last) mean loss."""
+        fabric, replays = self.fabric, self.objective.replays if isinstance(self.objective, Replaying) else 1
+        mine = rows[fabric.global_rank :: fabric.world_size]
+        parts = []
+        for part in torch.split(mine, max(1, math.ceil(mine.numel() / self.settings.accumulate))):
+            inputs = augment(x[part], part, epoch, seed)
+            # A mean over processes of sums over parts of weighted means is the mean over the batch.
+            share = part.numel() * fabric.world_size / rows.numel()
+            parts.append((*(each.to(fabric.device) for each in (inputs, y[part], part)), share))
+        value = 0.0
+        for replay in range(replays):
+            value = self._step(parts, place * replays + replay)
+            if not math.isfinite(value):
+                # Before the step, so that the weights of the last good one are still whole.
+                where = f"epoch {epoch}, step {place * replays + replay}"
+                raise InputError(where, f"the loss is {value}", "lower the rate, or set clip; --resume goes on")
+            if self.settings.clip is not None:
+                fabric.clip_gradients(self.wrapped, self.optimiser, max_norm=self.settings.clip)
+            self.optimiser.step()
+            self.memory.follow(self.model)
         return value
 
-    def record(self, line: dict[str, float]) -> None:
-        """Append one epoch's line to the history."""
-        self.history.append(line)
-
-    def save(self, path: Path) -> None:
-        """Write everything to `path` at once: whole or not at all."""
-        content = {
-            "signature": self.signature,
-            "model": self.model.state_dict(),
-            "mean": self.mean,
-            "optimiser": self.optimiser.state_dict(),
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "best_score": self.best_score,
-            "history": self.history,
-            "steps": self.steps,
-            "learnt": {} if self.learning is None else self.learning.state(),
-        }
-        temporary = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-    def load(self, path: Path) -> None:
-        """Continue from `path`."""
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["signature"] != self.signature:
-            raise InputError(
-                f"checkpoint '{path}'", "it was written under other settings", "remove it, or use another file"
-            )
-        self.model.load_state_dict(content["model"])
-        self.optimiser.load_state_dict(content["optimiser"])
-        self.mean, self.best = content["mean"], content["best"]
-        self.best_epoch, self.best_score = content["best_epoch"], content["best_score"]
-        self.history, self.steps = content["history"], content["steps"]
-        if self.learning is not None:
-            self.learning.restore(content["learnt"])
+    def _step(self, parts: list[tuple[Tensor, Tensor, Tensor, float]], step: int) -> float:
+        """Add up the gradients of all parts and return the mean loss over parts and processes."""
+        self.optimiser.zero_grad()
+        value = torch.zeros((), device=self.fabric.device)
+        for number, (inputs, labels, rows, share) in enumerate(parts):
+            batch = Batch(inputs, labels, rows, step)
+            with self.fabric.no_backward_sync(self.wrapped, enabled=number + 1 < len(parts)):
+                loss = self.objective(self.wrapped, batch)
+                self.fabric.backward(loss * share if share != 1.0 else loss)
+            if isinstance(self.objective, Replaying):
+                self.objective.after_backward(batch)
+            value += loss.detach() * share
+        return float(self.fabric.all_reduce(value, reduce_op="mean"))
 
 
-def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def _fabric(precision: Literal["32-true", "bf16-mixed"]) -> Any:
+def _fabric(precision: Precision) -> Any:
     try:
         from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
     except ImportError as error:
         raise InputError("training", "lightning-fabric is not installed", "pip install 'maodun[train]'") from error
-    return Fabric(accelerator="cpu", devices=1, precision=precision)
-
-
-def _optimiser(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=settings.rate,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
-        weight_decay=settings.decay,
-    )
-
-
-def _set_rate(optimiser: Any, settings: FitSettings, done: float) -> None:
-    """Set the one-cycle learning rate after the share `done` in [0, 1) of all steps."""
-    up, down = done / max(settings.warmup, 1e-9), (1 - done) / max(1 - settings.warmup, 1e-9)
-    for group in optimiser.param_groups:
-        group["lr"] = settings.rate * min(1.0, up + 1e-3, down)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Fabric(accelerator=kind, devices=1, precision=precision)
+    nodes = int(os.environ["WORLD_SIZE"]) // processes
+    # Buffers stay each process's own: an objective passes through the model several times before it goes back.
+    strategy = DDPStrategy(broadcast_buffers=False)
+    fabric = Fabric(accelerator=kind, devices=processes, num_nodes=nodes, strategy=strategy, precision=precision)
+    fabric.launch()
+    return fabric

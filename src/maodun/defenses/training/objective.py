@@ -64,3 +64,19 @@ class Standard:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the batch."""
         return F.cross_entropy(model(batch.x), batch.y, label_smoothing=self.smoothing)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the user's module behind what a training loop may have wrapped it in.
+
+    An inner attack calls this one: a wrapper that collects weight gradients over processes waits for some after every
+    pass, and crafting makes none.
+    """
+    try:
+        from lightning_fabric import is_wrapped
+    except ImportError:
+        return model
+    if not is_wrapped(model):
+        return model
+    inside = model.module
+    return inside if isinstance(inside, nn.Module) else model

@@ -13,7 +13,7 @@ from maodun.core.errors import InputError
 from maodun.core.streams import Stream
 from maodun.defenses.training.adversarial import Adversarial
 from maodun.defenses.training.features import feature_layer, pooled, still, tapped
-from maodun.defenses.training.objective import Batch
+from maodun.defenses.training.objective import Batch, bare
 from maodun.defenses.training.statistics import ClassStatistics
 
 _TINY = 1e-5
@@ -88,9 +88,10 @@ class UAD:
         """Return the mean loss given the adversarial inputs."""
         if self.resampling == 0 and self.beta == 0 and self.gamma == 0:
             return self.base.loss(model, batch, x_adv)
-        layer = feature_layer(model, batch.x, self.layer)
-        with still(model), torch.no_grad(), tapped(layer) as seen:
-            answer = model(batch.x).softmax(1)
+        own_model = bare(model)
+        layer = feature_layer(own_model, batch.x, self.layer)
+        with still(own_model), torch.no_grad(), tapped(layer) as seen:
+            answer = own_model(batch.x).softmax(1)
         own = pooled(seen[0])
         reference = self.memory.refine(answer, own, batch.y) if self.beta else None
         resampling = self.resampling > 0 and batch.step >= self.start
@@ -103,7 +104,7 @@ class UAD:
             align = (reference * (target.log() - F.log_softmax(adv, dim=1))).sum(1).mean()
             value = value + self.beta * align
         if self.gamma and batch.step % 2 == 0:
-            value = value + self.gamma * self.introspect(model, batch, x_adv)
+            value = value + self.gamma * self.introspect(own_model, batch, x_adv)
         self.memory.update(own, pooled(seen[0]).detach(), answer, batch.y, self.momentum)
         return value
 

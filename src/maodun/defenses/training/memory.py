@@ -1,0 +1,107 @@
+"""What a training run must remember between epochs, and the checkpoint that holds it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maodun.core.errors import InputError
+from maodun.defenses.training.objective import Learning, Objective
+from maodun.defenses.training.settings import FitSettings
+
+
+class Memory:
+    """What a run must remember between epochs: weights, their running mean, momentum, history and the best so far."""
+
+    def __init__(
+        self, model: nn.Module, optimiser: Any, settings: FitSettings, seed: int, objective: Objective
+    ) -> None:
+        self.model, self.optimiser, self.decay = model, optimiser, settings.average
+        self.learning = objective if isinstance(objective, Learning) else None
+        self.signature = repr(sorted(asdict(settings).items())) + f" seed {seed}"
+        self.mean = _copy(model)
+        self.best, self.best_epoch, self.best_score = _copy(model), -1, -math.inf
+        self.history: list[dict[str, float]] = []
+        self.steps = 0
+
+    @property
+    def epoch(self) -> int:
+        """The number of epochs that are over."""
+        return len(self.history)
+
+    def follow(self, model: nn.Module) -> None:
+        """Move the running mean towards the weights; buffers and the first steps are followed closely."""
+        self.steps += 1
+        if not self.decay:
+            return
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if value.is_floating_point():
+                    self.mean[name].lerp_(value, 1 - decay)
+                else:
+                    self.mean[name].copy_(value)
+
+    def score(self, validate: Callable[[nn.Module], float]) -> float:
+        """Return the validation score of the weights that would be kept."""
+        own = _copy(self.model)
+        if self.decay:
+            self.model.load_state_dict(self.mean)
+        self.model.eval()
+        value = validate(self.model)
+        if value >= self.best_score:
+            self.best, self.best_epoch, self.best_score = _copy(self.model), self.epoch, value
+        self.model.load_state_dict(own)
+        return value
+
+    def record(self, line: dict[str, float]) -> None:
+        """Append one epoch's line to the history."""
+        self.history.append(line)
+
+    def save(self, path: Path) -> None:
+        """Write everything to `path` at once: whole or not at all."""
+        content = {
+            "signature": self.signature,
+            "model": self.model.state_dict(),
+            "mean": self.mean,
+            "optimiser": self.optimiser.state_dict(),
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score,
+            "history": self.history,
+            "steps": self.steps,
+            "learnt": {} if self.learning is None else self.learning.state(),
+        }
+        temporary = path.with_name(path.name + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Continue from `path`."""
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["signature"] != self.signature:
+            raise InputError(
+                f"checkpoint '{path}'", "it was written under other settings", "remove it, or use another file"
+            )
+        self.model.load_state_dict(content["model"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.mean, self.best = content["mean"], content["best"]
+        self.best_epoch, self.best_score = content["best_epoch"], content["best_score"]
+        self.history, self.steps = content["history"], content["steps"]
+        if self.learning is not None:
+            self.learning.restore(content["learnt"])
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
