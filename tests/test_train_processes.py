@@ -162,3 +162,41 @@ class TestSchedules:
             fit(
                 network(), X, Y, Free(Threat("linf", 0.1)), FitSettings(accumulate=2), validate=lambda _: 0.0
             )  # fmt: skip
+
+
+def test_a_collapsed_epoch_is_undone_and_the_rate_halved(tmp_path: Path) -> None:
+    scores = iter([0.6, 0.8, 0.1, 0.7])
+    kept: list[dict[str, torch.Tensor]] = []
+    model = network()
+    lines: list[dict[str, float]] = []
+
+    def validate(net: nn.Module) -> float:
+        kept.append({name: value.clone() for name, value in net.state_dict().items()})
+        return next(scores)
+
+    def after(line: dict[str, float]) -> None:
+        lines.append(line)
+        if line["epoch"] == 2:
+            assert all(torch.equal(value, kept[1][name]) for name, value in model.state_dict().items())
+
+    settings = FitSettings(epochs=4, batch_size=16, guard=0.5)
+    fit(model, X, Y, objective("trades"), settings, validate=validate, on_epoch=after)
+    assert [line["setbacks"] for line in lines] == [0.0, 0.0, 1.0, 1.0]
+    assert all(torch.equal(value, kept[1][name]) for name, value in model.state_dict().items())
+
+
+def test_another_recipe_is_not_continued(tmp_path: Path) -> None:
+    file, settings = tmp_path / "run.ckpt", FitSettings(epochs=1, batch_size=16)
+    trained(settings, file)
+    with pytest.raises(InputError, match="another recipe"):
+        fit(
+            network(),
+            X,
+            Y,
+            objective("trades"),
+            settings,
+            validate=lambda _: 0.0,
+            checkpoint=file,
+            seed=5,
+            label="mart",
+        )

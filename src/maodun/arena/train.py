@@ -138,6 +138,7 @@ class _Run:
             augment=augment if recipe.augment.shift or recipe.augment.flip else NoAugmentation(),
             seed=seed,
             checkpoint=checkpoint,
+            label=recipe.model_dump_json(exclude={"card", "measure", "weights"}),
             on_epoch=partial(self._tell, name),
         )
         return model, report

@@ -47,6 +47,7 @@ class FitSpec(_Part):
     milestones: tuple[int, ...] = ()
     factor: float = Field(default=0.1, gt=0)
     accumulate: int = Field(default=1, ge=1)
+    guard: float = Field(default=0.0, ge=0, lt=1)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     channels_last: bool = False
 

@@ -55,18 +55,19 @@ def fit(
     augment: NoAugmentation | ShiftFlip | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    label: str = "",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> FitReport:
     """Train `model` in place on x (N x ... in [0, 1]) and y (N,), and leave the best epoch's weights in it.
 
     `validate` scores a model in evaluation mode, higher is better; it must use samples held out of `x`, never the
     test set. `checkpoint` is a file written whole after every epoch (temporary name, then renamed); a second call
-    with the same arguments continues after the last one. Order, augmentation and inner attacks are functions of
-    `seed` and the epoch, so a continued run equals an undisturbed one. Started by torchrun, every process takes its
-    share of each batch and gradients are averaged: the same steps up to rounding, except that batch norm, and
-    objectives with a memory, see the shares; the first process validates and writes. A GPU is used where there is
-    one. Returns a FitReport. Errors: InputError when lightning-fabric is missing, the loss is not finite, or the
-    checkpoint is of other settings.
+    with the same arguments continues after the last one; `label` tells runs apart whose settings agree. Order,
+    augmentation and inner attacks are functions of `seed` and the epoch, so a continued run equals an undisturbed
+    one. Started by torchrun, every process takes its share of each batch and gradients are averaged: the same steps
+    up to rounding, except that batch norm, and objectives with a memory, see the shares; the first process validates
+    and writes. A GPU is used where there is one. Returns a FitReport. Errors: InputError when lightning-fabric is
+    missing, the loss is not finite, or the checkpoint is of other settings.
     """
     if isinstance(objective, Replaying) and settings.accumulate > 1:
         raise InputError("accumulate", "an objective that replays its batch keeps it whole", "leave accumulate at 1")
@@ -75,7 +76,7 @@ def fit(
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, optimiser = fabric.setup(model, optimiser_of(model, settings))
-    memory = Memory(model, optimiser, settings, seed, objective)
+    memory = Memory(model, optimiser, settings, f"seed {seed} {label}", objective)
     if checkpoint is not None and checkpoint.exists():
         memory.load(checkpoint)
     stepper = _Stepper(fabric, wrapped, model, optimiser, objective, settings, memory)
@@ -86,10 +87,12 @@ def fit(
         order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
         for number, rows in enumerate(torch.split(order, settings.batch_size)):
             place = epoch * per_epoch + number
-            set_rate(optimiser, settings, place / (settings.epochs * per_epoch))
+            set_rate(optimiser, settings.rate_at(place / (settings.epochs * per_epoch)) * 0.5**memory.setbacks)
             total += stepper.batch(x, y, rows, place, epoch, augment or NoAugmentation(), seed) * rows.numel()
         line = {"epoch": float(epoch), "loss": total / x.shape[0]}
         line |= {"score": memory.score(lambda net: fabric.broadcast(validate(net) if fabric.is_global_zero else 0.0))}
+        if settings.guard:
+            line["setbacks"] = float(memory.setbacks)
         line["seconds"] = time.perf_counter() - began
         memory.record(line)
         if fabric.is_global_zero:

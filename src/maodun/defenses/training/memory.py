@@ -21,15 +21,15 @@ class Memory:
     """What a run must remember between epochs: weights, their running mean, momentum, history and the best so far."""
 
     def __init__(
-        self, model: nn.Module, optimiser: Any, settings: FitSettings, seed: int, objective: Objective
+        self, model: nn.Module, optimiser: Any, settings: FitSettings, identity: str, objective: Objective
     ) -> None:
-        self.model, self.optimiser, self.decay = model, optimiser, settings.average
+        self.model, self.optimiser, self.decay, self.guard = model, optimiser, settings.average, settings.guard
         self.learning = objective if isinstance(objective, Learning) else None
-        self.signature = repr(sorted(asdict(settings).items())) + f" seed {seed}"
+        self.signature = f"{sorted(asdict(settings).items())!r} {identity}"
         self.mean = _copy(model)
         self.best, self.best_epoch, self.best_score = _copy(model), -1, -math.inf
         self.history: list[dict[str, float]] = []
-        self.steps = 0
+        self.steps = self.setbacks = 0
 
     @property
     def epoch(self) -> int:
@@ -59,7 +59,16 @@ class Memory:
         if value >= self.best_score:
             self.best, self.best_epoch, self.best_score = _copy(self.model), self.epoch, value
         self.model.load_state_dict(own)
+        if self.guard and value < self.guard * self.best_score:
+            self._undo()
         return value
+
+    def _undo(self) -> None:
+        """Go back to the best weights after a collapse: momentum is forgotten, and the rate will be halved."""
+        self.model.load_state_dict(self.best)
+        self.mean = {name: tensor.clone() for name, tensor in self.best.items()}
+        self.optimiser.state.clear()
+        self.setbacks += 1
 
     def record(self, line: dict[str, float]) -> None:
         """Append one epoch's line to the history."""
@@ -77,6 +86,7 @@ class Memory:
             "best_score": self.best_score,
             "history": self.history,
             "steps": self.steps,
+            "setbacks": self.setbacks,
             "learnt": {} if self.learning is None else self.learning.state(),
         }
         temporary = path.with_name(path.name + ".part")
@@ -92,13 +102,13 @@ class Memory:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["signature"] != self.signature:
             raise InputError(
-                f"checkpoint '{path}'", "it was written under other settings", "remove it, or use another file"
+                f"checkpoint '{path}'", "it is of another recipe or other settings", "remove it, or use another folder"
             )
         self.model.load_state_dict(content["model"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.mean, self.best = content["mean"], content["best"]
         self.best_epoch, self.best_score = content["best_epoch"], content["best_score"]
-        self.history, self.steps = content["history"], content["steps"]
+        self.history, self.steps, self.setbacks = content["history"], content["steps"], content["setbacks"]
         if self.learning is not None:
             self.learning.restore(content["learnt"])
 

@@ -24,8 +24,10 @@ class FitSettings:
     `milestones` (epochs). `decay` is the weight decay (biases and norms included), `clip` the largest gradient norm
     (None for none), `precision` "32-true", "bf16-mixed" or "16-mixed", `average` the decay of the running mean of the
     weights that is validated and kept (0 keeps the weights themselves). `accumulate` splits each batch into so many
-    parts whose gradients are added up: the same step with less memory (batch norm sees the parts). InputError for
-    piecewise without milestones, or fewer than one part.
+    parts whose gradients are added up: the same step with less memory (batch norm sees the parts). `guard` in [0, 1)
+    undoes an epoch whose validation score falls below that share of the best one (one-step training can collapse so
+    within an epoch): back to the best weights, at half the rate from then on; 0 never does.
+    InputError for piecewise without milestones, or fewer than one part.
     """
 
     epochs: int = 30
@@ -42,6 +44,7 @@ class FitSettings:
     precision: Precision = "32-true"
     channels_last: bool = False
     accumulate: int = 1
+    guard: float = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule == "piecewise" and not self.milestones:
@@ -72,7 +75,7 @@ def optimiser_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimiz
     )
 
 
-def set_rate(optimiser: Any, settings: FitSettings, done: float) -> None:
-    """Set the learning rate after the share `done` in [0, 1) of all steps."""
+def set_rate(optimiser: Any, rate: float) -> None:
+    """Set the learning rate."""
     for group in optimiser.param_groups:
-        group["lr"] = settings.rate_at(done)
+        group["lr"] = rate
