@@ -28,10 +28,14 @@ _ROOMS = {
     "universal.lavan": ("lavan",),
     "query.square": ("square",),
     "query.rays": ("rays",),
+    "query.simba": ("simba",),
+    "query.bandits": ("bandits",),
+    "query.differences": ("nes", "spsa"),
     "query.hopskipjump": ("hopskipjump",),
     "feature.distances": ("dr", "nrdm", "ssp"),
     "feature.fia": ("fia",),
     "feature.ila": ("ila",),
+    "multitask.attack": ("relation",),
     "recipes": ("autoattack", "autoattack-plus", "autoattack-rand"),
     "sharp": ("sharp",),
 }
@@ -79,6 +83,8 @@ class Row:
 
 def get_attack(name: str) -> type[Attack[Any]]:
     """Return the class called `name`; InputError with the nearest name when there is none."""
+    if name in artifacts.KINDS:
+        raise InputError(f"attack '{name}'", "is trained first", "maodun train RECIPE, then use file:PATH")
     if name not in ATTACKS:
         raise InputError(f"attack '{name}'", "is not an attack known here", nearest(name, list(ATTACKS)))
     return ATTACKS[name]
