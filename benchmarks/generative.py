@@ -1,6 +1,7 @@
 """The ablation of the multi-proxy generator: train its variants, then compare them on the same test images.
 
 python -m benchmarks.generative recipes/ablation-multi-proxy.yaml --out runs/ablation [--train NAME] [--table]
+    [--baseline 500]
 
 Without options it trains every variant that has no file yet (each resumes where it stopped), then makes the table.
 Success is counted where the target is right without an attack; a variant's black-box success is its mean over the
@@ -20,10 +21,14 @@ import torch
 import yaml
 from scipy.stats import bootstrap
 
+from maodun.arena.recipe import parse_radius
 from maodun.arena.train_generator import GeneratorRecipe, success, train_generator
 from maodun.attacks.artifacts import load_attack
 from maodun.attacks.generative.collapse import collapse
+from maodun.attacks.registry import build_attack
+from maodun.core.ensemble import Ensemble
 from maodun.core.errors import InputError
+from maodun.core.oracle import Oracle
 from maodun.core.threat import Threat
 from maodun.zoo import load_data, load_model
 
@@ -88,7 +93,35 @@ def measure(content, names, out):
     return results
 
 
-def table(content, recipes, out, pairs, seed=0):
+def baseline(content, results, n, seed=0):
+    """Print MI-FGSM on the ensemble of all proxies beside every variant, on the first `n` test images."""
+    data = load_data(content["base"]["data"]["spec"], split="test", limit=n)
+    proxies = [load_model(spec).model for spec in content["base"]["proxies"]]
+    oracle = Oracle(Ensemble(proxies), surrogate=True)
+    threat = Threat("linf", parse_radius(content["base"]["eps"]))
+    began = time.process_time()
+    made = build_attack("mi").run(oracle, data.x, data.y, threat, ids=data.ids, seed=seed, check_model=False).x_adv
+    spent = 1e3 * (time.process_time() - began) / n
+    falls = []
+    for spec in content["targets"]:
+        model = load_model(spec).model
+        with torch.no_grad():
+            falls.append(torch.cat([model(part) for part in made.split(256)]).argmax(1) != data.y)
+    rights = next(iter(results.values()))[1][:, :n]
+    falls = torch.stack(falls).numpy() & rights
+    lines = ["", f"MI-FGSM, 10 steps on the ensemble of the proxies, first {n} images: black-box success "
+             + ", ".join(f"{100 * each:.1f}" for each in falls.sum(1) / rights.sum(1))
+             + f", mean {100 * (falls.sum(1) / rights.sum(1)).mean():.1f} %, {spent:.1f} ms per image"]  # fmt: skip
+    for name, (fell, _, _, speed) in results.items():
+        value, low, high, p = compare(fell[:, :n], falls, rights, seed)
+        lines.append(
+            f"{name} - MI-ENS: {100 * value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], p {p:.4f}; "
+            f"{spent / speed:.0f} times faster"
+        )
+    return lines
+
+
+def table(content, recipes, out, pairs, seed=0, n=0):
     """Print and keep the table and the paired differences of the variants trained so far."""
     names = [name for name in recipes if (out / f"{name}.safetensors").is_file()]
     results = measure(content, names, out)
@@ -110,6 +143,7 @@ def table(content, recipes, out, pairs, seed=0):
             lines.append(
                 f"| {first} - {second} | {100 * value:+.1f} | [{100 * low:+.1f}, {100 * high:+.1f}] | {p:.4f} |"
             )
+    lines += baseline(content, results, n, seed) if n else []
     text = "\n".join(lines)
     print(text)
     (out / "table.md").write_text(text + "\n")
@@ -123,6 +157,9 @@ def main():
     parser.add_argument("--out", default="runs/ablation")
     parser.add_argument("--train", action="append", help="only train this variant; may be repeated")
     parser.add_argument("--table", action="store_true", help="only make the table of what is trained")
+    parser.add_argument(
+        "--baseline", type=int, default=0, help="compare with MI-FGSM on the ensemble on so many images"
+    )
     words = parser.parse_args()
     torch.set_num_threads(1)
     content, out = yaml.safe_load(Path(words.recipe).read_text()), Path(words.out)
@@ -135,7 +172,7 @@ def main():
         single = [name for name in recipes if recipes[name].attack == "advgan"]
         given = content.get("compare") or list(itertools.combinations(recipes, 2))
         pairs = [tuple(pair) for pair in given if not all(name in single for name in pair)]
-        table(content, recipes, out, pairs)
+        table(content, recipes, out, pairs, n=words.baseline)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from maodun.core.threat import Threat
 PREFIX = "file:"
 _FORMAT = 1
 _HEADER = "maodun"
-_CHUNK = 256
+_CHUNK = 64
 KINDS: dict[str, str] = {
     "advgan": "generative.attack",
     "multi-proxy": "generative.attack",
