@@ -85,6 +85,39 @@ def train(
 
 
 @app.command()
+def harden(
+    model: Annotated[str, typer.Argument(help="The classifier, as after --model elsewhere.", show_default=False)],
+    data: o.Data,
+    eps: Annotated[str, typer.Option(help="Radius of the ball in [0, 1] input units, as 8/255.", show_default=False)],
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    objective: Annotated[str, typer.Option(help="adversarial, trades, mart, score, dkl or ikl.")] = "trades",
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    steps: Annotated[int, typer.Option(help="PGD steps of the inner attack.", min=1)] = 7,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)] = 0.02,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    shift: Annotated[int, typer.Option(help="Random shifts of the pictures by up to so many pixels.", min=0)] = 0,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the pictures.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Train on the first N samples.", min=2)] = None,
+    measure: Annotated[int | None, typer.Option(help="Measure on the first N test samples.", min=1)] = 1000,
+    attack: Annotated[str, typer.Option(help="The attack that measures, before and after.")] = "sharp",
+    seed: Annotated[int, typer.Option()] = 0,
+    weights: o.Weights = None,
+    model_option: o.ModelOption = None,
+    out: Annotated[str, typer.Option(help="The folder of weights and checkpoint.")] = "runs/harden",
+    resume: Annotated[bool, typer.Option("--resume/--restart", help="Continue after the last whole epoch.")] = True,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train your own classifier on against an adversary, measured before and after; the same line again resumes."""
+    from maodun.app import hardening
+
+    hardening.harden(
+        model, data, out, eps=eps, weights=weights, model_option=model_option, resume=resume, quiet=quiet, norm=norm,
+        objective=objective, epochs=epochs, steps=steps, rate=rate, batch_size=batch_size, shift=shift, flip=flip,
+        limit=limit, measure=measure, attack=attack, seed=seed,
+    )  # fmt: skip
+
+
+@app.command()
 def multitask(
     recipe: Annotated[str, typer.Argument(help="A multi-task recipe in YAML.", show_default=False)],
     out: Annotated[str, typer.Option(help="The run's folder.")] = "runs/multi-task",

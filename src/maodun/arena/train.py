@@ -67,17 +67,13 @@ def train(
     or data that cannot be used.
     """
     described = recipe if isinstance(recipe, TrainRecipe) else load_train_recipe(recipe)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"folder '{folder}'", f"it cannot be made ({error.strerror})", "choose another") from error
+    folder = usable_folder(out)
     data = load_data(described.data.spec, split=described.data.split, limit=described.data.limit)
     kept, held = split_holdout(data.y, described.data.validation, described.seed)
     run = _Run(described, folder, data.x[kept], data.y[kept], data.x[held], data.y[held], on_epoch, resume)
     model, report = run.all_phases()
     weights = folder / f"{described.name}.safetensors"
-    _save(model, weights, torch.float16 if described.weights == "float16" else torch.float32)
+    save_weights(model, weights, torch.float16 if described.weights == "float16" else torch.float32)
     # What is measured must be what the file holds.
     apply_weights(model, read_weights(weights), f"weights '{weights}'")
     card = _card(described, model, weights, recipe)
@@ -88,6 +84,16 @@ def train(
     for phase in run.phases:
         run.checkpoint(phase).unlink(missing_ok=True)
     return TrainResult(model, card, weights, card_file, report)
+
+
+def usable_folder(out: str | Path) -> Path:
+    """Return the folder `out`, made where it was missing; InputError when it cannot be."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder '{folder}'", f"it cannot be made ({error.strerror})", "choose another") from error
+    return folder
 
 
 @dataclass
@@ -134,7 +140,7 @@ class _Run:
             self.y,
             objective,
             FitSettings(**recipe.fit.model_dump()),
-            validate=partial(_score, x=self.x_held, y=self.y_held, inner=recipe.select, seed=seed),
+            validate=partial(held_out_score, x=self.x_held, y=self.y_held, inner=recipe.select, seed=seed),
             augment=augment if recipe.augment.shift or recipe.augment.flip else NoAugmentation(),
             seed=seed,
             checkpoint=checkpoint,
@@ -147,7 +153,6 @@ class _Run:
         self._log(phase, line)
         if self.on_epoch is not None:
             self.on_epoch({"phase": phase, **line})
-
 
     def _log(self, phase: str, line: dict[str, float]) -> None:
         """Append the epoch to a table beside the checkpoint; the first epoch begins it anew."""
@@ -164,7 +169,7 @@ def _spear(inner: InnerAttack) -> tuple[Attack[Any], Threat]:
     return build_attack(inner.attack, **inner.options), Threat(inner.norm, inner.eps)
 
 
-def _score(model: nn.Module, *, x: Tensor, y: Tensor, inner: InnerAttack | None, seed: int) -> float:
+def held_out_score(model: nn.Module, *, x: Tensor, y: Tensor, inner: InnerAttack | None, seed: int) -> float:
     """Return clean accuracy, or robust accuracy against `inner`, on the held-out samples."""
     device = next(model.parameters()).device
     x, y = x.to(device), y.to(device)
@@ -219,7 +224,8 @@ def _number(metric: str, share: Interval, seed: int, command: str) -> Measured:
     )
 
 
-def _save(model: nn.Module, path: Path, kind: torch.dtype) -> None:
+def save_weights(model: nn.Module, path: Path, kind: torch.dtype) -> None:
+    """Write the state dict as safetensors, floating-point values as `kind`; whole or not at all."""
     from safetensors.torch import save
 
     state = {name: value.to(kind) if value.is_floating_point() else value for name, value in model.state_dict().items()}
