@@ -47,7 +47,7 @@ class UniversalFitSpec(_Part):
     batch_size: int = Field(default=32, ge=1)
     draws: int = Field(default=1, ge=1)
     loss: str = "margin"
-    clip: float = 1.0
+    clip: float = 9.0
     rate: float = Field(default=0.1, gt=0)
     starts: int = Field(default=3, ge=1)
 

@@ -115,9 +115,10 @@ def train_patch(
     """Train a patch over random images and placements (Brown et al., 2017; EOT of Athalye et al., ICML 2018).
 
     `x` N x C x H x W in [0, 1] with labels `y` (N,). `placement` is drawn anew for every image, epoch and draw.
-    `target` makes it a targeted one: images of that class are left out. The start is uniform noise, keyed by `seed`.
-    Judge the result on other images. Errors: InputError for a patch larger than the image, and for data, models and
-    settings that cannot be meant.
+    `target` makes it a targeted one: images of that class are left out. The first starts are the corners of the box
+    towards single classes (`class_starts`, ours), further ones uniform noise, keyed by `seed`. Judge the result on
+    other images. Errors: InputError for a patch larger than the image, and for data, models and settings that cannot be
+    meant.
     """
     fit = fit or UniversalFit()
     if x.ndim == 4:
@@ -132,6 +133,8 @@ def train_patch(
         start=lambda number: stream.child("start").uniform(zero, (shape[0], placement.side, placement.side), number)[0],
         place=lambda value, images, names, number: placement.put(value, images, stream, names, number),
         bound=lambda value: value.clamp(0.0, 1.0),
+        neutral=torch.full((shape[0], placement.side, placement.side), 0.5),
+        leap=lambda gradient: 0.5 * gradient.sign(),
         reach=1.0,
     )
     learnt = learn(oracle, data, task, fit, seed=seed, checkpoint=checkpoint, on_epoch=on_epoch)

@@ -94,9 +94,10 @@ def train_uap(
     """Train a universal perturbation by stochastic ascent on clipped losses (Shafahi et al., AAAI 2020, algorithm 2).
 
     `x` N x ... in [0, 1] with labels `y` (N,); `threat` linf or l2 with a finite eps. `target` makes it a targeted one:
-    images of that class are left out. A start is drawn uniformly from the ball, keyed by `seed`. `about`
-    is added to the provenance. Judge the result on other images. Errors: InputError for data, models and settings
-    that cannot be meant, UnsupportedError for another norm.
+    images of that class are left out. The first starts are the steepest steps of the whole radius towards single
+    classes (`class_starts`, ours), further ones are drawn uniformly from the ball, keyed by `seed`. `about` is added to
+    the provenance. Judge the result on other images. Errors: InputError for data, models and settings that cannot be
+    meant, UnsupportedError for another norm.
     """
     fit = fit or UniversalFit()
     data = _data(oracle, x, y, ids, threat, target, seed)
@@ -111,6 +112,8 @@ def train_uap(
         start=start,
         place=lambda value, images, _ids, _number: (images + value).clamp(0.0, 1.0),
         bound=lambda value: shrink(value, threat),
+        neutral=torch.zeros(shape),
+        leap=lambda gradient: threat.eps * threat.steepest(gradient.unsqueeze(0), data.x[:1])[0],
         reach=threat.eps if threat.norm == "linf" else threat.eps / math.sqrt(data.x[0].numel()),
         even=threat.norm == "l2",
     )
