@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import Counting, Flat, Noisy, Sphere, linear, nearest, samples
 
-from maodun.attacks.query.asking import Asking, normal_at
+from maodun.attacks.query.asking import Asking, anywhere, normal_at
 from maodun.attacks.registry import build_attack
 from maodun.core.errors import InputError, UnsupportedError
 from maodun.core.oracle import Budget, Oracle, Session
@@ -19,9 +19,16 @@ CASES = [
     ("rays", "linf", {"queries": 600}, 1.02),
     ("hopskipjump", "linf", {"steps": 12}, 1.06),
     ("hopskipjump", "l2", {"steps": 12}, 1.03),
+    ("geoda", "linf", {"queries": 3000}, 1.06),
+    ("geoda", "l2", {"queries": 3000}, 1.03),
+    ("boundary", "l2", {"steps": 1500}, 1.06),
 ]
-BRIEF = {"rays": {"queries": 80}, "hopskipjump": {"steps": 2, "draws": 20}}
-CURVED = {"hopskipjump": {"steps": 20}}
+BRIEF = {
+    "rays": {"queries": 80}, "hopskipjump": {"steps": 2, "draws": 20}, "geoda": {"steps": 2, "queries": 60},
+    "boundary": {"steps": 60},
+}  # fmt: skip
+AIMED = {"hopskipjump": {"steps": 12}, "boundary": {"steps": 500}, "geoda": {}}
+CURVED = {"hopskipjump": {"steps": 20}, "geoda": {"queries": 4000}, "boundary": {"steps": 1200}}
 EACH = [(name, norm) for name, norm, _, _ in CASES]
 
 
@@ -140,7 +147,7 @@ def test_a_noisy_model_is_fooled_for_sure(name, norm):
     assert fooled.float().mean() > 0.7
 
 
-@pytest.mark.parametrize("name", ["hopskipjump"])
+@pytest.mark.parametrize("name", ["hopskipjump", "boundary", "geoda"])
 def test_a_target_is_reached_from_images_of_the_batch(name):
     model = linear()
     x, y = samples(model, 40)
@@ -148,7 +155,9 @@ def test_a_target_is_reached_from_images_of_the_batch(name):
     rows = targets != y
     x, y, targets = x[rows], y[rows], targets[rows]
     oracle = Oracle(model, access="decision")
-    found = build_attack(name, starts="batch", steps=12).run(oracle, x, y, Threat("l2", targeted=True), targets=targets)
+    found = build_attack(name, starts="batch", **AIMED[name]).run(
+        oracle, x, y, Threat("l2", targeted=True), targets=targets
+    )
     assert found.found.all() and torch.equal(model(found.x_adv).argmax(1), targets)
     far = x.flatten(1)
     others = torch.cdist(far, far).masked_fill(targets[:, None] != y, float("inf")).amin(1)
@@ -166,7 +175,7 @@ def test_the_normal_of_a_plane_is_the_mean_of_the_votes():
     threat, rows = Threat("l2"), torch.arange(4)
     problem = Problem(x, y, None, rows, rows, threat, session, Ledger(session, x, threat, True, None, True))
     asking, everyone = Asking.of(problem), torch.ones(4, dtype=torch.bool)
-    normal, made = normal_at(asking, edge, torch.full((4,), 0.01), 4000, everyone, Stream(0, "u"), 1)
+    normal, made = normal_at(asking, edge, torch.full((4,), 0.01), 4000, everyone, anywhere(Stream(0, "u"), 24), 1)
     true = torch.where((y == 0)[:, None], weight, -weight) / weight.norm()
     assert (made == 4000).all() and torch.equal(session.meter.queries, made)
     # Votes of n draws in D dimensions miss the normal by about sqrt(pi D / (2 n)).

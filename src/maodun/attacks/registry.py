@@ -32,6 +32,8 @@ _ROOMS = {
     "query.bandits": ("bandits",),
     "query.differences": ("nes", "spsa"),
     "query.hopskipjump": ("hopskipjump",),
+    "query.boundary": ("boundary",),
+    "query.geoda": ("geoda",),
     "feature.distances": ("dr", "nrdm", "ssp"),
     "feature.fia": ("fia",),
     "feature.ila": ("ila",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,9 @@ from maodun.core.geometry import per_sample
 from maodun.core.problem import Problem
 from maodun.core.streams import Stream
 
-STARTS = ("noise", "batch")
+Draw = Callable[[Tensor, int, int], Tensor]
+"""Directions B x size x D, not scaled, of samples with ids (B,): draw(ids, size, number)."""
+
 # Directions are drawn in groups of this size whatever the batch, so that sums over them do not depend on it.
 GROUP = 16
 # Probes of one call; more samples than fit wait for the next.
@@ -132,12 +135,13 @@ def walk_back(asking: Asking, far: Tensor, among: Tensor, width: float) -> Tenso
 
 
 def normal_at(
-    asking: Asking, x: Tensor, radius: Tensor, draws: int, among: Tensor, stream: Stream, number: int, spare: int = 0
+    asking: Asking, x: Tensor, radius: Tensor, draws: int, among: Tensor, draw: Draw, number: int, spare: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return the boundary's estimated normal N x ... at `x`, pointing to what fools the model, and (N,) draws made.
 
     Labels at `draws` random points `radius` (N,) away (l2), less their mean (Chen et al., 2020, equations 12 and 16).
-    Costs a query per draw. Rows that cannot pay for a group of draws and `spare` queries stop drawing.
+    Costs a query per draw; `draw` is where directions come from and `number` keys them. Rows that cannot pay for a
+    group of draws and `spare` queries stop drawing.
     """
     problem = asking.problem
     made = torch.zeros(len(problem), dtype=torch.int64, device=x.device)
@@ -150,7 +154,7 @@ def normal_at(
         if able.numel() == 0:
             break
         for part in torch.split(able, block):
-            signs, u = _vote(problem.select(part), x[part], radius[part], size, stream, number * 4096 + group)
+            signs, u = _vote(problem.select(part), x[part], radius[part], size, draw, number * 4096 + group)
             sums = torch.bmm(torch.stack([signs, torch.ones_like(signs)], 1), u)
             with_votes[part] += sums[:, 0]
             plain[part] += sums[:, 1]
@@ -163,10 +167,15 @@ def normal_at(
     return geometry.unit_l2(normal).reshape(x.shape), made
 
 
-def _vote(problem: Problem, x: Tensor, radius: Tensor, size: int, stream: Stream, number: int) -> tuple[Tensor, Tensor]:
+def anywhere(stream: Stream, entries: int) -> Draw:
+    """Return a source of directions over all entries."""
+    return lambda ids, size, number: stream.coarse_normal(ids, (size, entries), number)
+
+
+def _vote(problem: Problem, x: Tensor, radius: Tensor, size: int, draw: Draw, number: int) -> tuple[Tensor, Tensor]:
     """Return the answers B x size (1 fools, -1 not) around `x`, and the directions B x size x D that were asked."""
     entries = x[0].numel()
-    u = stream.coarse_normal(problem.ids, (size, entries), number).to(x)
+    u = draw(problem.ids, size, number).to(x)
     u *= (radius.unsqueeze(1) / torch.linalg.vector_norm(u, dim=2).clamp(min=geometry.TINY)).unsqueeze(2)
     center = x.reshape(-1, 1, entries)
     points = (center + u).clamp_(0.0, 1.0)

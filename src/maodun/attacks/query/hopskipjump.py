@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from maodun.attacks.query.asking import Asking, find_start, normal_at, walk_back
+from maodun.attacks.query.asking import Asking, anywhere, find_start, normal_at, walk_back
 from maodun.core.engine import Attack, State
 from maodun.core.errors import InputError
 from maodun.core.geometry import norms, per_sample
@@ -81,8 +81,8 @@ class HopSkipJump(Attack[HopSkipJumpState]):
         distance = problem.threat.distance(state.x, problem.x)
         radius = _reach(norms(state.x - problem.x, "l2"), state)
         draws = min(int(self.draws * math.sqrt(number)), self.most_draws)
-        stream = problem.stream(f"{self.name}/normal")
-        normal, made = normal_at(asking, state.x, radius, draws, everyone, stream, number, _RESERVE)
+        draw = anywhere(problem.stream(f"{self.name}/normal"), problem.x[0].numel())
+        normal, made = normal_at(asking, state.x, radius, draws, everyone, draw, number, _RESERVE)
         if problem.threat.norm == "linf":
             normal = normal.sign()
         asking.broke |= made == 0

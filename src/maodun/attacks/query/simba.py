@@ -130,8 +130,8 @@ class SimBA(Attack[SimBAState]):
             return flat.scatter_add_(1, chosen.unsqueeze(1), push.unsqueeze(1)).reshape(x.shape)
         height, width = x.shape[2:]
         plane, place = chosen // (height * width), chosen % (height * width)
-        down = _cosines(height, norm).to(x)[place // width]
-        across = _cosines(width, norm).to(x)[place % width]
+        down = cosines(height, norm).to(x)[place // width]
+        across = cosines(width, norm).to(x)[place % width]
         moved = x.clone()
         rows = torch.arange(x.shape[0], device=x.device)
         moved[rows, plane] += (down * push.unsqueeze(1)).unsqueeze(2) * across.unsqueeze(1)
@@ -142,7 +142,7 @@ class SimBA(Attack[SimBAState]):
 _BANDS = 8
 
 
-def _cosines(size: int, norm: str) -> Tensor:
+def cosines(size: int, norm: str) -> Tensor:
     """Return the size x size waves of the discrete cosine transform (type II), each of length one in `norm`."""
     place = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     waves = torch.cos(math.pi * torch.arange(size, dtype=torch.float64).unsqueeze(1) * place)
