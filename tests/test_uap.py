@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from oracles import Linear, generator
+from oracles import Counting, Linear, Noisy, generator
 from torch import Tensor
 
 import maodun
@@ -14,7 +14,7 @@ from maodun.attacks.artifacts import load_attack, save_artifact
 from maodun.attacks.universal.training import UniversalFit
 from maodun.attacks.universal.uap import UAP, DeepFoolFit, train_uap, train_uap_deepfool
 from maodun.core.errors import InputError, UnsupportedError
-from maodun.core.oracle import Budget, Oracle
+from maodun.core.oracle import EOT, Budget, Oracle
 from maodun.core.threat import Threat
 from maodun.core.verdict import judge
 
@@ -180,7 +180,22 @@ def test_bad_input_is_refused_with_a_reason():
         UAP(shape=(3, 3), eps=0.1, tensors={"delta": torch.zeros(3, 3)}).run(oracle, x, y, threat)
 
 
-def test_the_model_is_asked_through_the_oracle():
+def test_a_noisy_model_is_trained_against_through_the_oracle():
     x, y = images()
-    with pytest.raises(Exception, match="budget"):
+    noisy = Counting(Noisy(binary(), 0.05))
+    oracle = Oracle(noisy, gradient=EOT(draws=3), stochastic=True)
+    fit = UniversalFit(epochs=2, batch_size=16, starts=1)
+    uap = train_uap(oracle, x, y, Threat("linf", 0.05), fit, target=1)
+    delta = uap.tensors["delta"].flatten()
+    assert torch.equal(delta.sign(), WEIGHT.sign()) and uap == train_uap(
+        oracle, x, y, Threat("linf", 0.05), fit, target=1
+    )
+    few = int((y == 0).sum())
+    assert uap.about["backwards"] == 3 * few * (1 + fit.epochs)
+    assert noisy.weight_gradients == 0
+
+
+def test_a_budget_per_sample_is_refused():
+    x, y = images()
+    with pytest.raises(InputError, match="per sample"):
         train_uap(Oracle(binary(), budget=Budget(forwards=2)), x, y, Threat("linf", 0.05), CLIMB)

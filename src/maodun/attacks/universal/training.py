@@ -15,7 +15,7 @@ from torch import Tensor
 from maodun.core import admission
 from maodun.core.errors import InputError
 from maodun.core.losses import get_loss
-from maodun.core.oracle import Oracle, Session
+from maodun.core.oracle import Budget, Oracle, Session
 from maodun.core.streams import Stream
 from maodun.core.threat import Threat
 
@@ -101,8 +101,13 @@ def training_set(
 ) -> TrainingSet:
     """Return checked samples, without those of class `target`; refuses what no training should start on.
 
-    Errors: InputError for inputs, labels and models that cannot be meant, an infinite eps, or when nothing is left.
+    Errors: InputError for inputs, labels and models that cannot be meant, a budget, an infinite eps, or when nothing is
+    left.
     """
+    if oracle.budget != Budget():
+        raise InputError(
+            "budget", "is per sample, and a universal training learns from all", "bound the epochs instead"
+        )
     x, y, _, ids = admission.check_samples(x, y, None, ids, Threat(threat.norm, threat.eps))
     if not math.isfinite(threat.eps):
         raise InputError("eps", "is infinite: everything would be allowed", "give a radius")
