@@ -22,7 +22,7 @@ import yaml
 from scipy.stats import bootstrap
 
 from maodun.arena.recipe import parse_radius
-from maodun.arena.train_generator import GeneratorRecipe, success, train_generator
+from maodun.arena.train_generator import GeneratorRecipe, train_generator
 from maodun.attacks.artifacts import load_attack
 from maodun.attacks.generative.collapse import collapse
 from maodun.attacks.registry import build_attack
@@ -72,25 +72,43 @@ def compare(first, second, clean, seed):
     return float(statistic(rows)), float(low), float(high), float(p)
 
 
+def answers(model, x):
+    """Return the classes (N,) a model in evaluation mode names."""
+    with torch.no_grad():
+        return torch.cat([model(part) for part in x.split(128)]).argmax(1)
+
+
 def measure(content, names, out):
-    """Return per variant: who falls (targets x n), who is right without an attack, collapse metrics, ms per image."""
+    """Return per variant: who falls (targets x n), who is right without an attack, collapse metrics, ms per image.
+
+    What was measured is kept beside each variant as NAME.npz, and the clean answers as clean.npz.
+    """
     data = load_data(content["base"]["data"]["spec"], split="test", limit=content["limit"])
-    models = {spec: load_model(spec).model for spec in content["targets"]}
-    results = {}
+    models = [load_model(spec).model for spec in content["targets"]]
+    clean = kept(out / "clean.npz", content, lambda: [answers(model, data.x) for model in models])
+    rights, results = clean == data.y.numpy(), {}
     for name in names:
         attack = load_attack(out / f"{name}.safetensors")
-        falls, rights, shapes = [], [], []
-        for model in models.values():
-            right, fell, forced = success(attack, model, data)
-            delta = attack.candidates(data.x, data.ids, Threat("linf", attack.eps)) - data.x
-            rights.append(right.numpy())
-            falls.append((right & fell).numpy())
-            shapes.append(collapse(delta, forced))
+        threat = Threat("linf", attack.eps)
         began = time.process_time()
-        attack.candidates(data.x, data.ids, Threat("linf", attack.eps))
+        made = attack.candidates(data.x, data.ids, threat)
         speed = 1e3 * (time.process_time() - began) / len(data)
-        results[name] = (np.stack(falls), np.stack(rights), shapes, speed)
+        forced = kept(out / f"{name}.npz", content, lambda made=made: [answers(model, made) for model in models])
+        shapes = [collapse(made - data.x, torch.from_numpy(each)) for each in forced]
+        results[name] = ((forced != data.y.numpy()) & rights, rights, shapes, speed)
     return results
+
+
+def kept(path, content, make):
+    """Return the classes (targets x n) of `path`, made and kept there unless they are of these targets and this n."""
+    mark = json.dumps([content["targets"], content["limit"]])
+    if path.is_file():
+        with np.load(path) as old:
+            if str(old["mark"]) == mark:
+                return old["classes"]
+    classes = np.stack([each.numpy() for each in make()])
+    np.savez(path, classes=classes, mark=mark)
+    return classes
 
 
 def baseline(content, results, n, seed=0):
@@ -102,11 +120,7 @@ def baseline(content, results, n, seed=0):
     began = time.process_time()
     made = build_attack("mi").run(oracle, data.x, data.y, threat, ids=data.ids, seed=seed, check_model=False).x_adv
     spent = 1e3 * (time.process_time() - began) / n
-    falls = []
-    for spec in content["targets"]:
-        model = load_model(spec).model
-        with torch.no_grad():
-            falls.append(torch.cat([model(part) for part in made.split(256)]).argmax(1) != data.y)
+    falls = [answers(load_model(spec).model, made) != data.y for spec in content["targets"]]
     rights = next(iter(results.values()))[1][:, :n]
     falls = torch.stack(falls).numpy() & rights
     lines = ["", f"MI-FGSM, 10 steps on the ensemble of the proxies, first {n} images: black-box success "
