@@ -16,7 +16,7 @@ from torch import Tensor
 from maodun.attacks.query.asking import Asking, find_start, walk_back
 from maodun.core.engine import Attack, State
 from maodun.core.errors import InputError
-from maodun.core.geometry import norms, per_sample, unit_l2
+from maodun.core.geometry import TINY, per_sample
 from maodun.core.problem import Problem
 
 # The success rates at which the step sizes rest: half of the steps aside succeed, a quarter of those forward.
@@ -102,11 +102,14 @@ class Boundary(Attack[BoundaryState]):
 def _stepped(clean: Tensor, x: Tensor, noise: Tensor, aside: Tensor, forward: Tensor | None) -> Tensor:
     """Return `x` moved `aside` on its sphere around `clean`, then `forward` of its distance towards it, in the box."""
     away = x - clean
-    distance = norms(away, "l2")
-    toward = unit_l2(away)
-    noise = noise - toward * per_sample((noise * toward).flatten(1).sum(1), noise)
-    moved = away + unit_l2(noise) * per_sample(aside * distance, noise)
+    flat, step = away.flatten(1), noise.flatten(1)
+    # All lengths follow from three products; the part of the noise along `away` is taken off by its coefficient.
+    square = torch.linalg.vecdot(flat, flat).clamp(min=TINY)
+    along = torch.linalg.vecdot(flat, step) / square
+    across = (torch.linalg.vecdot(step, step) - along.square() * square).clamp(min=TINY)
+    size = aside * torch.sqrt(square / across)
     shrink = torch.rsqrt(1.0 + aside.square())
     if forward is not None:
         shrink = shrink * (1.0 - forward)
-    return torch.addcmul(clean, moved, per_sample(shrink, moved)).clamp_(0.0, 1.0)
+    moved = away.mul_(per_sample(shrink * (1.0 - size * along), away)).add_(clean)
+    return moved.addcmul_(noise, per_sample(shrink * size, noise)).clamp_(0.0, 1.0)

@@ -40,10 +40,10 @@ class GeoDA(Attack[GeoDAState]):
 
     Inputs N x ..., values in [0, 1]; l2 and linf. `steps` iterations share `queries` votes, each about 1.4 times as
     many as the one before. `frequencies` draws directions among the lowest so many cosine waves per side of an image
-    (None: everywhere). `starts` "noise" looks for a start in noise keyed by the sample's id, at most `tries` queries; "batch"
-    asks first the nearest sample of the batch with another label (the target's), which makes a result depend on its
-    batch and is what targeted runs need. A sample without a start has no candidate. Costs `queries` and about 20
-    forwards per iteration; no backwards.
+    (None: everywhere). `starts` "noise" looks for a start in noise keyed by the sample's id, at most `tries` queries;
+    "batch" asks first the nearest sample of the batch with another label (the target's), which makes a result depend
+    on its batch and is what targeted runs need. A sample without a start has no candidate. Costs `queries` and about
+    20 forwards per iteration; no backwards.
     """
 
     name: ClassVar[str] = "geoda"
