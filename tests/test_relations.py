@@ -232,6 +232,16 @@ def test_results_do_not_depend_on_batch_or_order(module):
     assert not same(attack(module, x, ids + 100), everyone)
 
 
+def test_levels_move_the_first_maps(module):
+    x = patches(4, 40, "victims")
+
+    def moved(x_adv: Tensor) -> Tensor:
+        return (module.filters(x_adv) - module.filters(x)).square().flatten(1).mean(1)
+
+    plain, deep = (attack(module, x, found=Relation(steps=6, near=5, far=8, levels=w)) for w in (0.0, 30.0))
+    assert (moved(deep) > moved(plain)).all()
+
+
 def test_smoothness_is_paid_for(module):
     x = patches(4, 40, "victims")
     rough, smooth = (attack(module, x, found=Relation(steps=6, near=5, far=8, smooth=s)) for s in (0.0, 2.0))

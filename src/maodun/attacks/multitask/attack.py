@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor
 
 from maodun.attacks.feature.base import FeatureAttack, FeatureState, normalised, parts
-from maodun.attacks.feature.layers import catching
+from maodun.attacks.feature.layers import catching, features
 from maodun.attacks.multitask.module import RelationModule
 from maodun.attacks.multitask.relations import total_variation
 from maodun.core.errors import InputError
 from maodun.core.problem import Problem
 from maodun.core.threat import Threat
+
+LEVELS = ("filters", "encoder.1", "encoder.3")
+"""The maps of a relation module that see less than a whole window."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,11 @@ class Relation(FeatureAttack):
     """Latent attack on preserved relations, per image, without labels, task losses or task-trained surrogates.
 
     A reconstruction of a thesis abstract. The Oracle's model must be a `RelationModule` (its controls count too).
-    Signed steps climb `repel`, `shatter` and `steer` (see `relation_objective`), less `disperse` times the spread of
-    the first layer's answers and `smooth` times the perturbation's total variation. Starts in `start_share` of the
-    ball, as the clean image has no slope. `layer` and `depth` are not used. Labels are not used.
+    Signed steps climb `repel`, `shatter` and `steer` (see `relation_objective`), plus `levels` times the displacement
+    of the module's earlier maps (of its first layer and both hidden ones, each relative to their size: smaller windows
+    than a code's), less `disperse` times the spread of the first layer's answers and `smooth` times the perturbation's
+    total variation. Starts in `start_share` of the ball, as the clean image has no slope. `layer` and `depth` are not
+    used. Labels are not used.
     """
 
     name: ClassVar[str] = "relation"
@@ -67,6 +73,7 @@ class Relation(FeatureAttack):
     repel: float = 1.0
     shatter: float = 1.0
     steer: float = 0.5
+    levels: float = 0.0
     disperse: float = 0.1
     smooth: float = 0.0
     temperature: float = 0.2
@@ -99,17 +106,20 @@ class Relation(FeatureAttack):
             module = _module(model)
             if max(self.near, self.far) > module.bank.shape[0]:
                 raise InputError("attack 'relation'", f"has only {module.bank.shape[0]} anchors", "lower near and far")
-            aims.append(member.logits(problem.x).reshape(len(problem), module.width, -1, 1))
+            aims.append(self._clean(member, module))
         far = problem.threat.random_start(problem.x, problem.stream(f"{self.name}/start"), problem.ids)
         x = problem.threat.project(problem.x + self.start_share * (far - problem.x), problem.x)
         done = torch.zeros(len(problem), dtype=torch.bool, device=x.device)
         return FeatureState(x=x, done=done, velocity=torch.zeros_like(x), layers=(), aims=aims, step=0)
 
+    def finish(self, problem: Problem, state: FeatureState) -> None:
+        """Codes are no classes: there is nothing to look at where the search ends."""
+
     def slope(self, problem: Problem, state: FeatureState) -> Tensor:
         """Return the gradient of the objective, summed over the members with each l1-normalised."""
         total = torch.zeros_like(state.x)
-        for (member, model), clean in zip(parts(problem), state.aims, strict=True):
-            total += normalised(self._climb(member, _module(model), state.x, clean))
+        for (member, model), aim in zip(parts(problem), state.aims, strict=True):
+            total += normalised(self._climb(member, _module(model), state.x, aim))
         if self.smooth:
             with torch.enable_grad():
                 x = state.x.detach().requires_grad_(True)
@@ -117,16 +127,34 @@ class Relation(FeatureAttack):
             total -= self.smooth * normalised(rough)
         return total
 
-    def _climb(self, problem: Problem, module: RelationModule, x: Tensor, clean: Tensor) -> Tensor:
-        with catching(module, "filters") as caught:
+    def _clean(self, problem: Problem, module: RelationModule) -> Tensor:
+        """Return the clean codes and, where `levels` counts, the clean maps: one row of numbers per image."""
+        rows = [features(problem, module, name, problem.x).flatten(1) for name in self._maps(module)]
+        return torch.cat([*rows, problem.logits(problem.x)], 1)
+
+    def _maps(self, module: RelationModule) -> tuple[str, ...]:
+        return LEVELS if self.levels and module.kind != "pca" else ()
+
+    def _climb(self, problem: Problem, module: RelationModule, x: Tensor, aim: Tensor) -> Tensor:
+        names = self._maps(module)
+        with ExitStack() as stack:
+            caught = {name: stack.enter_context(catching(module, name)) for name in dict.fromkeys(("filters", *names))}
 
             def heads(logits: Tensor, index: Tensor) -> Tensor:
-                low = caught.take("filters")
-                moved = logits.reshape(logits.shape[0], module.width, -1, 1)
-                value = relation_objective(module, moved, clean[index], self.weights)
-                return (value - self.disperse * low.std(1).flatten(1).mean(1)).unsqueeze(1)
+                maps = {name: each.take(name) for name, each in caught.items()}
+                wanted = torch.split(aim[index], [maps[name][0].numel() for name in names] + [logits.shape[1]], 1)
+                moved, clean = (each.reshape(each.shape[0], module.width, -1, 1) for each in (logits, wanted[-1]))
+                value = relation_objective(module, moved, clean, self.weights)
+                for name, before in zip(names, wanted[:-1], strict=True):
+                    value = value + self.levels * displacement(maps[name].flatten(1), before)
+                return (value - self.disperse * maps["filters"].std(1).flatten(1).mean(1)).unsqueeze(1)
 
             return problem.values_and_gradients(x, heads)[2][0]
+
+
+def displacement(moved: Tensor, clean: Tensor) -> Tensor:
+    """Return (B,) mean square distances of rows, relative to the mean square of the clean ones."""
+    return (moved - clean).square().mean(1) / clean.square().mean(1).clamp(min=1e-6)
 
 
 def _module(model: torch.nn.Module) -> RelationModule:
