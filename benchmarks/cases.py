@@ -112,6 +112,31 @@ CASES: tuple[Case, ...] = (
         {"maodun": ("square", {"queries": 5000})}, heavy=True,
     ),
     Case(
+        "hopskipjump", "l2", "hopskipjump", ("foolbox", "art"), {"steps": 10, "draws": 100},
+        {"maodun": ("hopskipjump", {"steps": 10, "draws": 100})}, minimum=True, heavy=True,
+    ),
+    Case(
+        "hopskipjump-linf", "linf", "hopskipjump", ("foolbox", "art"), {"steps": 10, "draws": 100},
+        {"maodun": ("hopskipjump", {"steps": 10, "draws": 100}), "maodun rays": ("rays", {"queries": 2500})},
+        minimum=True, heavy=True,
+    ),
+    Case(
+        "boundary", "l2", "boundary", ("foolbox",), {"steps": 2000}, {"maodun": ("boundary", {"steps": 2000})},
+        minimum=True, heavy=True,
+    ),
+    Case(
+        "geoda", "l2", "geoda", ("art",), {"queries": 2000}, {"maodun": ("geoda", {"queries": 2000})},
+        minimum=True, heavy=True,
+    ),
+    Case(
+        "simba", "l2", "simba", ("art",), {"queries": 1000}, {"maodun": ("simba", {"queries": 1000})},
+        not_comparable={"art": "knows no radius: stops at the first success, however far"}, heavy=True,
+    ),
+    Case(
+        "spsa", "linf", "spsa", ("torchattacks",), {"steps": 20, "samples": 64},
+        {"maodun": ("spsa", {"steps": 20, "samples": 64})}, heavy=True,
+    ),
+    Case(
         "standard", "linf", "standard", ("torchattacks", "autoattack"), {},
         {"maodun": ("autoattack", {}), "maodun sharp": ("sharp", {})},
         heavy=True,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import Counting, linear, nearest, samples
 
-from maodun.attacks.query.simba import _cosines
+from maodun.attacks.query.simba import cosines
 from maodun.attacks.registry import build_attack
 from maodun.core.errors import InputError
 from maodun.core.estimators import NES, SPSA
@@ -122,9 +122,9 @@ def test_targets_walls_and_odd_shapes(name):
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_waves_are_orthogonal_and_of_length_one(size):
-    waves = _cosines(size, "l2")
+    waves = cosines(size, "l2")
     assert torch.allclose(waves @ waves.T, torch.eye(size), atol=1e-6)
-    assert torch.allclose(_cosines(size, "linf").abs().amax(1), torch.ones(size))
+    assert torch.allclose(cosines(size, "linf").abs().amax(1), torch.ones(size))
 
 
 @pytest.mark.parametrize(

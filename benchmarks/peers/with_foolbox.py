@@ -49,3 +49,14 @@ def fmn(job: Job) -> Attack:
     kind = {"linf": fb.attacks.LInfFMNAttack, "l2": fb.attacks.L2FMNAttack}[job.norm]
     attack = kind(steps=job.options["steps"], max_stepsize=job.options["alpha"])
     return _bind(job, attack, minimum=True)
+
+
+def hopskipjump(job: Job) -> Attack:
+    attack = fb.attacks.HopSkipJumpAttack(
+        steps=job.options["steps"], initial_gradient_eval_steps=job.options["draws"], constraint=job.norm
+    )
+    return _bind(job, attack, minimum=True)
+
+
+def boundary(job: Job) -> Attack:
+    return _bind(job, fb.attacks.BoundaryAttack(steps=job.options["steps"]), minimum=True)

@@ -85,6 +85,15 @@ def square(job: Job) -> Attack:
     return _bind(job, _square(job))
 
 
+def spsa(job: Job) -> Attack:
+    """Its samples are pairs: half as many make the same number of queries."""
+    samples = job.options["samples"] // 2
+    attack = torchattacks.SPSA(
+        job.model, eps=job.eps, nb_iter=job.options["steps"], nb_sample=samples, max_batch_size=samples
+    )
+    return _bind(job, attack)
+
+
 def deepfool(job: Job) -> Attack:
     return _bind(job, torchattacks.DeepFool(job.model, steps=job.options["steps"], overshoot=0.02))
 
