@@ -80,3 +80,17 @@ def test_torch_global_generator_is_left_alone():
     state = torch.random.get_rng_state()
     Stream(0, "x").normal(IDS, (4,))
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_coarse_normals_have_the_normals_moments_and_their_own_rows():
+    stream, ids = Stream(3, "coarse"), torch.arange(300)
+    draws = stream.coarse_normal(ids, (7, 29))
+    assert draws.shape == (300, 7, 29) and draws.unique().numel() == 256
+    assert abs(float(draws.mean())) < 0.02 and abs(float(draws.var()) - 1.0) < 0.02
+    # Neighbouring bytes of a word are independent.
+    flat = draws.flatten(1)
+    assert abs(float((flat[:, :-1] * flat[:, 1:]).mean())) < 0.02
+    assert torch.equal(stream.coarse_normal(ids[9:10], (7, 29)), draws[9:10])
+    steps = torch.tensor([4, 9])
+    mixed = stream.coarse_normal(ids[:2], (5,), steps)
+    assert torch.equal(mixed[1], stream.coarse_normal(ids[:2], (5,), 9)[1])

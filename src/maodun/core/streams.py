@@ -44,8 +44,9 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 def _quantiles(device: torch.device) -> Tensor:
     """The normal's quantiles at the middles of 256 equal shares, scaled to variance one."""
     middles = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
-    values = torch.special.ndtri(middles)
-    return (values / values.square().mean().sqrt()).to(device, torch.float32)
+    values: Tensor = torch.special.ndtri(middles)
+    scaled: Tensor = values / values.square().mean().sqrt()
+    return scaled.to(device, torch.float32)
 
 
 @dataclass(frozen=True)
