@@ -13,7 +13,8 @@ from maodun.core.errors import InputError
 
 NAMES = {
     "fgsm", "bim", "pgd", "mifgsm", "nifgsm", "apgd", "apgd-t", "deepfool", "cw", "ddn", "fmn", "fab", "square",
-    "autoattack", "autoattack-plus", "autoattack-rand", "sharp", "stadv", "lavan", "rays", "hopskipjump", "nes", "spsa", "simba", "bandits", "boundary", "geoda",
+    "autoattack", "autoattack-plus", "autoattack-rand", "sharp", "stadv", "lavan", "rays", "hopskipjump", "nes",
+    "spsa", "simba", "bandits", "boundary", "geoda", "transfer", "dr", "nrdm", "ssp", "fia", "ila", "relation",
 }  # fmt: skip
 
 
