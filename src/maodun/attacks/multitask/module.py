@@ -144,7 +144,7 @@ def _cut_filters(filters: Filters, patches: Tensor, generator: torch.Generator, 
     if whitened:
         centred = pieces - pieces.mean(0)
         values, vectors = torch.linalg.eigh(centred.T @ centred / centred.shape[0])
-        white = vectors @ torch.diag((values + 2e-4 * values.max()).rsqrt()) @ vectors.T
+        white = vectors @ torch.diag((values + 0.01 * values.max()).rsqrt()) @ vectors.T
         chosen = centred[torch.randint(centred.shape[0], (count,), generator=generator)] @ white
         weight = F.normalize(chosen, dim=1) @ white
     else:
