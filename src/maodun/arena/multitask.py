@@ -20,6 +20,7 @@ from maodun.arena.multitask_stage import GROUPS, TASK_GROUPS, Stage
 from maodun.attacks.artifacts import TrainedAttack, save_artifact
 from maodun.attacks.registry import build_attack
 from maodun.core.errors import InputError
+from maodun.core.files import write_whole
 from maodun.core.modes import evaluation_mode
 from maodun.core.oracle import Oracle
 from maodun.core.streams import Stream
@@ -75,7 +76,7 @@ def run_multitask(
             _make(stage, row, folder)
     lines = summarise_multitask(described, folder)
     text = json.dumps({"recipe": described.model_dump(mode="json"), "lines": [vars(line) for line in lines]}, indent=1)
-    _write(folder / "results.json", text.encode())
+    write_whole(folder / "results.json", text.encode())
     return lines
 
 
@@ -86,7 +87,7 @@ def _claim(folder: Path, recipe: MultitaskRecipe) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not manifest.exists():
-            _write(manifest, text.encode())
+            write_whole(manifest, text.encode())
         same = manifest.read_text(encoding="utf-8") == text
     except OSError as error:
         raise InputError(f"folder '{folder}'", f"cannot be used ({error.strerror})", "choose another") from error
@@ -102,10 +103,10 @@ def _make(stage: Stage, row: RowSpec, folder: Path) -> None:
     judged = judge(stage, made)
     from safetensors.torch import save
 
-    _write(folder / f"{row.name}.images.safetensors", save({k: v.contiguous() for k, v in made.items()}))
+    write_whole(folder / f"{row.name}.images.safetensors", save({k: v.contiguous() for k, v in made.items()}))
     flat = {f"{task}/{name}": value.contiguous() for task, values in judged.items() for name, value in values.items()}
-    _write(folder / f"{row.name}.statistics.safetensors", save(flat))
-    _write(folder / f"{row.name}.json", json.dumps({"name": row.name, "seconds": seconds}).encode())
+    write_whole(folder / f"{row.name}.statistics.safetensors", save(flat))
+    write_whole(folder / f"{row.name}.json", json.dumps({"name": row.name, "seconds": seconds}).encode())
 
 
 def craft(stage: Stage, row: RowSpec, folder: Path) -> dict[str, Tensor]:
@@ -300,12 +301,6 @@ def _read(folder: Path, name: str) -> dict[str, dict[str, Tensor]]:
 
 def _quantised(x: Tensor) -> Tensor:
     return (x * 255.0).round().clamp(0, 255).byte()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 __all__ = ["GROUPS", "Line", "run_multitask", "summarise_multitask"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from maodun.arena.train_recipe import TrainRecipe, load_train_recipe
 from maodun.attacks.registry import build_attack
 from maodun.core.engine import Attack
 from maodun.core.errors import InputError
+from maodun.core.files import weights_of, write_whole
 from maodun.core.oracle import Oracle
 from maodun.core.threat import Threat
 from maodun.core.verdict import Interval, interval, judge
@@ -78,7 +78,7 @@ def train(
     apply_weights(model, read_weights(weights), f"weights '{weights}'")
     card = _card(described, model, weights, recipe)
     card_file = folder / f"{described.name}.yaml"
-    _write(
+    write_whole(
         card_file, yaml.safe_dump(card.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110).encode()
     )
     for phase in run.phases:
@@ -226,19 +226,7 @@ def _number(metric: str, share: Interval, seed: int, command: str) -> Measured:
 
 def save_weights(model: nn.Module, path: Path, kind: torch.dtype) -> None:
     """Write the state dict as safetensors, floating-point values as `kind`; whole or not at all."""
-    from safetensors.torch import save
-
-    state = {name: value.to(kind) if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    _write(path, save({name: value.contiguous() for name, value in state.items()}))
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, weights_of(model, kind))
 
 
 __all__ = ["TrainRecipe", "TrainResult", "load_train_recipe", "train"]

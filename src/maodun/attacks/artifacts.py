@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from maodun.core.engine import Attack, State
 from maodun.core.errors import InputError, UnsupportedError, nearest
+from maodun.core.files import write_whole
 from maodun.core.problem import Problem
 from maodun.core.streams import Stream
 from maodun.core.threat import Threat
@@ -146,20 +146,7 @@ def save_artifact(attack: TrainedAttack, path: str | Path) -> Path:
     One safetensors file: tensors, and a header with kind, options, shapes and provenance. Errors: InputError when it
     cannot be written.
     """
-    file = Path(path).expanduser()
-    temporary = file.with_name(file.name + ".part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as out:
-            out.write(_content(attack))
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise InputError(
-            f"file '{path}'", f"it cannot be written ({error.strerror})", "choose another place"
-        ) from error
-    return file
+    return write_whole(path, _content(attack))
 
 
 def load_attack(path: str | Path, sha256: str | None = None, **options: Any) -> TrainedAttack:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core.errors import InputError
+from maodun.core.files import weights_of, write_whole
 from maodun.tasks.base import Task
 from maodun.tasks.data import Labelled, batches
 
@@ -103,13 +104,7 @@ def crop_boxes(boxes: Tensor, top: int, left: int, high: int, wide: int) -> Tens
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights in half precision, whole or not at all; integer buffers stay as they are."""
-    from safetensors.torch import save
-
-    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(save({name: value.contiguous() for name, value in state.items()}))
-    temporary.replace(path)
+    write_whole(path, weights_of(model, torch.float16))
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from maodun.attacks.artifacts import TrainedAttack
 from maodun.attacks.generative.contest import Batch, Contest
 from maodun.attacks.generative.proxies import Proxies
 from maodun.core.errors import InputError
+from maodun.core.files import save_whole
 
 _SAVE_EVERY = 20.0
 
@@ -203,13 +203,7 @@ class _Run:
             "best_epoch": self.best_epoch,
             "best_score": self.best_score,
         }
-        temporary = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        save_whole(path, content)
 
     def load(self, path: Path) -> None:
         """Continue from `path`."""

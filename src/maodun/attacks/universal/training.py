@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from maodun.core import admission
 from maodun.core.errors import InputError
+from maodun.core.files import save_whole
 from maodun.core.losses import get_loss
 from maodun.core.oracle import Budget, Oracle, Session
 from maodun.core.streams import Stream
@@ -281,13 +281,7 @@ class _Run:
             "counts": [meter.forwards, meter.backwards, meter.queries],
             "history": self.history,
         }
-        temporary = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        save_whole(path, content)
 
     def load(self, path: Path) -> None:
         """Continue from `path`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core.errors import InputError
+from maodun.core.files import save_whole
 from maodun.defenses.training.objective import Learning, Objective
 from maodun.defenses.training.settings import FitSettings
 
@@ -89,13 +89,7 @@ class Memory:
             "setbacks": self.setbacks,
             "learnt": {} if self.learning is None else self.learning.state(),
         }
-        temporary = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        save_whole(path, content)
 
     def load(self, path: Path) -> None:
         """Continue from `path`."""

@@ -1,0 +1,52 @@
+"""Files that are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from maodun.core.errors import InputError
+
+
+def write_whole(path: str | Path, content: bytes) -> Path:
+    """Write `content` to `path` under a temporary name, then rename it, and return the path; makes its folder.
+
+    What stood there before stays until the new file is whole on the disk. InputError when it cannot be written (a full
+    disk, a folder that is not writable); then nothing is left behind.
+    """
+    file = Path(path).expanduser()
+    temporary = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        remedy = "free space or choose another place; what stood there is kept"
+        raise InputError(f"file '{file}'", f"it cannot be written ({error.strerror})", remedy) from error
+    return file
+
+
+def save_whole(path: str | Path, content: Any) -> Path:
+    """Write what torch.load reads with weights_only (tensors, numbers, text, dicts, lists) to `path`, whole."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return write_whole(path, buffer.getvalue())
+
+
+def weights_of(model: nn.Module, kind: torch.dtype = torch.float32) -> bytes:
+    """Return the state dict as the bytes of a safetensors file; floating-point values as `kind`."""
+    from safetensors.torch import save
+
+    state = model.state_dict().items()
+    return bytes(save({k: (v.to(kind) if v.is_floating_point() else v).contiguous() for k, v in state}))
