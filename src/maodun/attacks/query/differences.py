@@ -25,7 +25,7 @@ class NES(PGD):
     """PGD with momentum along antithetic Gaussian differences of scores (Ilyas et al., ICML 2018).
 
     Inputs N x ..., values in [0, 1]. `samples` queries per estimate, in pairs; `sigma` their distance in input units;
-    `momentum` the share of the old direction that is kept. `loss`, `steps`, `step_size` (None: 2.5 eps / steps),
+    `momentum` the share of the old direction that is kept. `loss`, `steps`, `step_size` (None: as PGD),
     `restarts` and `random_start` as in PGD. Costs steps * (1 + samples) + 1 queries per restart, less what stops early;
     no backwards. A sample whose budget cannot pay for another estimate has its last point looked at, and leaves.
     """
