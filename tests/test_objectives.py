@@ -275,7 +275,13 @@ class TestAWP:
         assert int(model[1].num_batches_tracked) == 2  # clean and adversarial, once each
         assert all(parameter.grad is not None for parameter in model.parameters())
         fresh = DKL(moved, improved=True)
-        assert set(objective.state()) == {"means"}
+        # The probe's pass is forgotten: one batch has been learnt from, not two.
+        twin = DKL(moved, improved=True)
+        twin.of_logits(torch.zeros(N, K).double(), torch.zeros(N, K).double(), Y)
+        assert set(objective.state()) == set(twin.state()) == {"means"}
+        fresh.restore({"means": objective.state()["means"], "statistics.count": torch.ones(1)})
+        assert set(fresh.state()) == {"means"}
+        fresh.restore({})
         assert fresh.state() == {}
 
 
@@ -327,3 +333,12 @@ class TestInnerMaximiser:
         assert torch.allclose(second, F.cross_entropy(model(x + 0.05 * away), y))
         third = objective(model, Batch(x, y, rows, 2))
         assert torch.equal(third, first)
+
+
+def test_the_probe_of_awp_teaches_the_class_means_nothing() -> None:
+    model = network()
+    plain, wrapped = DKL(moved, improved=True), DKL(moved, improved=True)
+    probe = AWP(wrapped, gamma=1e-12)
+    plain(model, BATCH)
+    probe(model, BATCH)
+    assert torch.allclose(plain.state()["means"], wrapped.state()["means"], atol=1e-9)

@@ -58,8 +58,10 @@ class DKL(Adversarial):
         return dict(self.memory)
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take up a state returned by `state`."""
-        self.memory.update(state)
+        """Take up a state returned by `state`, forgetting what was learnt since."""
+        self.memory.clear()
+        if "means" in state:
+            self.memory["means"] = state["means"]
 
     def _class_means(self, like: Tensor) -> Tensor:
         classes = like.shape[1]
