@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import time
@@ -173,4 +174,11 @@ def _fabric(precision: Precision) -> Any:
     strategy = DDPStrategy(broadcast_buffers=False)
     fabric = Fabric(accelerator=kind, devices=processes, num_nodes=nodes, strategy=strategy, precision=precision)
     fabric.launch()
+    # gloo's threads hold tensors; torn down with the interpreter they abort the process and torchrun calls it failed.
+    atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
