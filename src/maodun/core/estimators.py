@@ -99,33 +99,42 @@ class BPDA:
     """Backward pass differentiable approximation (Athalye et al., ICML 2018).
 
     Every module with a `bpda_partner(x)` method (or named in `partners`: module name -> function of its input) keeps
-    its own forward value but takes its derivative from the partner.
+    its own forward value but takes its derivative from the partner. With `every` False only those do that declare
+    themselves `broken` (or are named): the derivative of the others is their own. A module that declares itself
+    `lifted` hides gradients and nothing else, so its partner's value is taken as well.
     """
 
     partners: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    every: bool = True
     needs: str = field(default="gradient", init=False)
     draws: int = field(default=1, init=False)
 
     def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
         """Return logits, values and gradients through the partners."""
-        with straight_through(port.model, self.partners or {}):
+        with straight_through(port.model, self.partners or {}, self.every):
             return _value_and_grads(port, x, index, heads, 1)
 
 
 @contextmanager
-def straight_through(model: nn.Module, partners: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Give every module that has a partner its partner's derivative for as long as the context lasts."""
+def straight_through(
+    model: nn.Module, partners: Mapping[str, Callable[[Tensor], Tensor]], every: bool = True
+) -> Iterator[None]:
+    """Give every module that has a partner its partner's derivative for as long as the context lasts.
+
+    With `every` False only those that declare themselves `broken`, besides the ones named in `partners`.
+    """
 
     def hook(partner: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-        def replace(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        def replace(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             smooth = partner(inputs[0])
-            return smooth + (output - smooth).detach()
+            return smooth if getattr(module, "lifted", False) else smooth + (output - smooth).detach()
 
         return replace
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            partner = partners.get(name, getattr(module, "bpda_partner", None))
+            own = getattr(module, "bpda_partner", None) if every or getattr(module, "broken", False) else None
+            partner = partners.get(name, own)
             if partner is not None:
                 stack.callback(module.register_forward_hook(hook(partner)).remove)
         yield
@@ -149,7 +158,7 @@ class EOT:
         wide = index.repeat_interleave(draws)
         with ExitStack() as stack:
             if isinstance(self.inner, BPDA):
-                stack.enter_context(straight_through(port.model, self.inner.partners or {}))
+                stack.enter_context(straight_through(port.model, self.inner.partners or {}, self.inner.every))
             logits, values, grads = _value_and_grads(port, x.repeat_interleave(draws, 0), wide, heads, draws)
         return (
             logits.reshape(rows, draws, -1).mean(1),

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from maodun.defenses.preprocessing.base import Defended, Defense, DefenseSpec
 from maodun.defenses.registry import DEFENSES, build_defense
+from maodun.defenses.stack import Stack
 
-__all__ = ["DEFENSES", "Defended", "Defense", "DefenseSpec", "build_defense"]
+__all__ = ["DEFENSES", "Defended", "Defense", "DefenseSpec", "Stack", "build_defense"]

@@ -31,22 +31,39 @@ class DefenseSpec:
 class Defense(nn.Module):
     """A map from inputs to inputs, N x ... in [0, 1] to the same shape and range, whatever the batch.
 
-    Subclasses set `name` and `spec` and implement `forward`. `bpda_partner` is the smooth stand-in whose derivative the
-    BPDA estimator uses in the backward pass; without one of its own a defence offers the identity.
+    Subclasses set `name` and `spec` and implement `forward`; an instance may refine `spec`, when its options decide
+    what it costs. `bpda_partner` is the smooth stand-in whose derivative the BPDA estimator uses in the backward pass;
+    without one of its own a defence offers the identity. A defence that changes the classifier, or answers in its
+    place, overrides `wrap`; `innermost` says that it only does so right around the classifier.
     """
 
     name: ClassVar[str] = "defense"
-    spec: ClassVar[DefenseSpec] = DefenseSpec()
+    spec: DefenseSpec = DefenseSpec()
     stochastic: ClassVar[bool] = False
+    broken: ClassVar[bool] = False
+    innermost: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        """Publish `stochastic` where the Oracle and the verdict look for it."""
+        """Publish `stochastic` and `broken` (no derivative of its own) where Oracle, verdict and BPDA look for them."""
         super().__init_subclass__()
         cls.stochastic = cls.spec.stochastic
+        cls.broken = not cls.spec.differentiable
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the classifier `model` (N x ... in [0, 1] to N x C logits) behind this defence."""
+        return Defended(self, model)
 
     def bpda_partner(self, x: Tensor) -> Tensor:
         """Return the stand-in's output for `x`; close to `forward(x)`, and differentiable."""
         return x
+
+    def attach(self, model: nn.Module) -> None:
+        """Learn which model stands behind; called once by Defended. Most defences do not care."""
+
+    def answer(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Return the logits of `model` behind this defence; a defence that votes asks `model` more than once."""
+        logits: Tensor = model(self(x))
+        return logits
 
     def need_images(self, x: Tensor) -> None:
         """Raise InputError unless `x` is N x C x H x W."""
@@ -75,6 +92,7 @@ class Defended(nn.Module):
         super().__init__()
         self.defense = defense
         self.model = model
+        defense.attach(model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the classifier's logits of the defended inputs."""
