@@ -1,0 +1,191 @@
+"""Randomised smoothing: closed forms of the bounds and of a linear classifier, then what must not depend on the batch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, norm
+from torch import Tensor, nn
+
+from maodun.core import context
+from maodun.core.errors import InputError
+from maodun.core.streams import Stream
+from maodun.defenses.smoothing import ABSTAIN, certify, count_votes, largest_radius, lower_bound, predict, radius
+
+
+class Half(nn.Module):
+    """Two classes, parted by the plane w x = b."""
+
+    def __init__(self, w: Tensor, b: float = 0.0) -> None:
+        super().__init__()
+        self.w, self.b = w, b
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = x.flatten(1) @ self.w - self.b
+        return torch.stack([-score, score], dim=1)
+
+
+class Constant(nn.Module):
+    """Always the same class of three."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([0.0, 1.0, 0.0]).expand(x.shape[0], 3)
+
+
+class Coin(nn.Module):
+    """Answers by its own keyed draw, whatever the input."""
+
+    stochastic = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = context.noise(x, "coin").uniform((1,)) < 0.5
+        return torch.cat([up.float(), (~up).float()], dim=1)
+
+
+def points(n: int, d: int = 6) -> Tensor:
+    return torch.rand(n, d, generator=torch.Generator().manual_seed(1))
+
+
+def plane(d: int = 6) -> Half:
+    return Half(torch.linspace(-1.0, 1.5, d), 0.8)
+
+
+class TestBounds:
+    def test_all_votes_give_alpha_to_the_power_of_one_over_n(self) -> None:
+        for n in (10, 1000, 100_000):
+            assert lower_bound(n, n, 0.001) == pytest.approx(0.001 ** (1 / n))
+
+    def test_agrees_with_scipys_one_sided_interval(self) -> None:
+        for k, n, alpha in ((0, 10, 0.01), (7, 10, 0.05), (990, 1000, 0.001), (1, 3, 0.5)):
+            reference = binomtest(k, n, alternative="greater").proportion_ci(1 - alpha, "exact").low
+            assert lower_bound(k, n, alpha) == pytest.approx(reference, abs=1e-12)
+
+    @pytest.mark.parametrize(("n", "most"), [(1000, 2.46), (10_000, 3.20), (100_000, 3.81)])
+    def test_the_largest_radius_there_can_be(self, n: int, most: float) -> None:
+        assert largest_radius(n, 1.0, 0.001) == pytest.approx(most, abs=0.005)
+        assert largest_radius(n, 0.25, 0.001) == pytest.approx(0.25 * most, abs=0.002)
+
+    def test_no_radius_below_one_half(self) -> None:
+        assert radius([0.2, 0.5, norm.cdf(1.0)], 2.0) == pytest.approx([0.0, 0.0, 2.0])
+
+    def test_a_bound_holds_as_often_as_promised(self) -> None:
+        votes = np.random.default_rng(0).binomial(200, 0.8, size=4000)
+        wrong = float((lower_bound(votes, 200, 0.05) > 0.8).mean())
+        assert 0.02 < wrong <= 0.062
+
+
+class TestCertify:
+    def test_linear_classifier_has_its_distance_from_the_plane(self) -> None:
+        model, x = plane(), points(24)
+        distance = ((x @ model.w - model.b) / model.w.norm()).double()
+        found = certify(model, x, sigma=0.5, draws=20_000, alpha=0.001)
+        told = found.prediction != ABSTAIN
+        assert torch.equal(found.prediction[told], (distance > 0).long()[told])
+        assert bool((found.radius <= distance.abs() + 1e-9).all())
+        reachable = distance.abs().clamp(max=largest_radius(20_000, 0.5, 0.001))
+        assert float((reachable - found.radius)[told].max()) < 0.06
+        expected = norm.cdf(distance.abs().numpy() / 0.5)
+        shares = torch.where(told, found.votes, 20_000 - found.votes).numpy() / 20_000
+        assert np.abs(np.maximum(shares, 1 - shares) - expected).max() < 4 * 0.5 / math.sqrt(20_000)
+
+    def test_constant_classifier(self) -> None:
+        found = certify(Constant(), points(3), sigma=0.25, draws=1000, alpha=0.001)
+        assert found.prediction.tolist() == [1, 1, 1]
+        assert found.radius.tolist() == pytest.approx([0.25 * norm.ppf(0.001 ** (1 / 1000))] * 3)
+
+    def test_abstains_where_votes_are_even(self) -> None:
+        for draws in (50, 4000):
+            found = certify(Coin(), points(8), sigma=0.25, draws=draws, alpha=0.001)
+            assert found.prediction.tolist() == [ABSTAIN] * 8
+            assert found.radius.tolist() == [0.0] * 8
+        # Ten draws cannot prove one half at this alpha, however they fall: 0.001 ** (1 / 9) is below it.
+        assert certify(Constant(), points(2), sigma=0.25, draws=9).prediction.tolist() == [ABSTAIN] * 2
+
+    def test_more_noise_claimed_than_added_would_show(self) -> None:
+        model, x = plane(), points(24)
+        distance = ((x @ model.w - model.b) / model.w.norm()).abs()
+        shares = certify(model, x, sigma=0.25, draws=4000).share
+        assert bool((torch.from_numpy(radius(shares.numpy(), 0.5)) > distance).any())
+
+    def test_choosing_and_estimating_use_other_draws(self) -> None:
+        model, x = plane(), points(6)
+        ids = torch.arange(6)
+        few = [
+            count_votes(model, x, ids, sigma=0.5, draws=200, stream=Stream(0, f"smoothing/{purpose}"))
+            for purpose in ("select", "estimate")
+        ]
+        assert not torch.equal(few[0], few[1])
+
+
+class TestPredict:
+    def test_says_what_the_votes_say_and_abstains_on_a_tie(self) -> None:
+        model = plane()
+        x = torch.cat([points(4), torch.zeros(1, 6)])
+        x[4] = model.b * model.w / model.w.square().sum()
+        found = predict(model, x, sigma=0.3, draws=2000)
+        distance = x @ model.w - model.b
+        assert int(found[4]) == ABSTAIN
+        told = found[:4] != ABSTAIN
+        assert torch.equal(found[:4][told], (distance[:4] > 0).long()[told])
+        assert bool((found[:4][distance[:4].abs() > 0.3] != ABSTAIN).all())
+        assert predict(Coin(), points(4), sigma=0.3, draws=1000).tolist() == [ABSTAIN] * 4
+
+    def test_a_wrong_answer_is_as_rare_as_promised(self) -> None:
+        model = Half(torch.tensor([1.0]), 0.5)
+        x = torch.full((300, 1), 0.52)
+        found = predict(model, x, sigma=0.5, draws=40, alpha=0.05)
+        assert int((found == 0).sum()) <= 20
+
+
+class TestBatches:
+    @pytest.mark.parametrize("model", [plane(), Coin()], ids=["linear", "stochastic"])
+    def test_neither_batch_nor_order_matters(self, model: nn.Module) -> None:
+        x, ids = points(7), torch.tensor([3, 100, 7, 0, 2**33, 5, 12])
+        stream = Stream(4, "test")
+        whole = count_votes(model, x, ids, sigma=0.4, draws=64, stream=stream)
+        assert whole.sum(1).tolist() == [64] * 7
+        for size in (1, 7, 64, 1000):
+            other = count_votes(model, x, ids, sigma=0.4, draws=64, stream=stream, batch_size=size)
+            assert torch.equal(whole, other), size
+        order = torch.tensor([6, 0, 3, 5, 1, 2, 4])
+        shuffled = count_votes(model, x[order], ids[order], sigma=0.4, draws=64, stream=stream, batch_size=5)
+        assert torch.equal(whole[order], shuffled)
+        longer = count_votes(model, x, ids, sigma=0.4, draws=96, stream=stream)
+        assert bool((longer >= whole).all())
+
+    def test_seeds_differ_and_repeat(self) -> None:
+        found = [certify(plane(), points(5), sigma=0.5, draws=500, seed=seed).votes for seed in (0, 0, 1)]
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+
+    def test_progress_ends_where_it_says(self) -> None:
+        heard: list[tuple[int, int]] = []
+        certify(
+            plane(), points(3), sigma=0.5, draws=50, guesses=10, batch_size=32, on_batch=lambda *at: heard.append(at)
+        )
+        assert heard[-1] == (180, 180)
+        assert [done for done, _ in heard] == sorted({done for done, _ in heard})
+
+    def test_nothing_to_certify(self) -> None:
+        assert count_votes(plane(), points(0), torch.zeros(0), sigma=1.0, draws=3, stream=Stream(0, "a")).shape == (
+            0,
+            1,
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sigma": 0.0}, "sigma 0.0"),
+        ({"sigma": math.nan}, "sigma nan"),
+        ({"alpha": 1.0}, "alpha 1.0"),
+        ({"draws": 0}, "draws 0"),
+        ({"guesses": 0}, "guesses 0"),
+    ],
+)
+def test_bad_input(changes: dict[str, float], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        certify(plane(), points(2), **{"sigma": 0.5, **changes})
