@@ -46,6 +46,20 @@ def current() -> Draw | None:
     return _current.get()
 
 
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Give the modules called inside their own randomness: the current draw's, under the sub-purpose `name`.
+
+    For one answer that takes several passes through the same stochastic module. Outside of any draw it changes nothing.
+    """
+    source = _current.get()
+    if source is None:
+        yield
+        return
+    with draw(source.stream.child(name), source.ids, source.number):
+        yield
+
+
 @dataclass(frozen=True)
 class Noise:
     """Random numbers for the rows of one input; `shape` arguments are per row and default to the input's own."""

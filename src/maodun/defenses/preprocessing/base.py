@@ -53,12 +53,12 @@ class Defense(nn.Module):
         """Return the classifier `model` (N x ... in [0, 1] to N x C logits) behind this defence."""
         return Defended(self, model)
 
+    def attach(self, model: nn.Module) -> None:
+        """Take note of the classifier behind this defence, for those that look at it; by default nothing."""
+
     def bpda_partner(self, x: Tensor) -> Tensor:
         """Return the stand-in's output for `x`; close to `forward(x)`, and differentiable."""
         return x
-
-    def attach(self, model: nn.Module) -> None:
-        """Learn which model stands behind; called once by Defended. Most defences do not care."""
 
     def answer(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return the logits of `model` behind this defence; a defence that votes asks `model` more than once."""
@@ -88,6 +88,9 @@ class NoDefense(Defense):
 class Defended(nn.Module):
     """A classifier behind a defence: N x ... in [0, 1] to logits, as one module."""
 
+    defense: Defense
+    model: nn.Module
+
     def __init__(self, defense: Defense, model: nn.Module) -> None:
         super().__init__()
         self.defense = defense
@@ -96,5 +99,4 @@ class Defended(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the classifier's logits of the defended inputs."""
-        logits: Tensor = self.model(self.defense(x))
-        return logits
+        return self.defense.answer(self.model, x)
