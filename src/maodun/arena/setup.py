@@ -109,7 +109,7 @@ def prepare(
     `models` gives shields (by label) and `surrogates` surrogates (by specification) as modules, `data` the samples
     instead of the recipe's. Raises InputError, UnsupportedError or StoreError with a reason.
     """
-    place = _device(device)
+    place = usable_device(device)
     if data is None:
         from maodun.zoo import load_data
 
@@ -168,7 +168,8 @@ def keep_answers(arena: Arena) -> None:
             service.keep_answers(Path(arena.store.root) / "answers")
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """Return the device called `name`; InputError when this machine does not have it."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -178,6 +179,23 @@ def _device(name: str) -> torch.device:
 
 def _shield(spec: ShieldSpec, data: Dataset, device: torch.device, given: nn.Module | None) -> Shield:
     about = {"model": spec.model, "defense": spec.defense}
+    model, digest = shield_model(spec, device, given)
+    if spec.weights is not None:
+        about["weights"] = spec.weights
+    about["sha256"] = digest
+    defended = spec.defense != "none"
+    if defended:
+        about.update({key: str(value) for key, value in spec.options.items()})
+    stochastic = _stochastic(model, data, device)
+    about["stochastic"] = "yes" if stochastic else "no"
+    return Shield(spec.label, model, digest, defended, stochastic, about)
+
+
+def shield_model(spec: ShieldSpec, device: torch.device, given: nn.Module | None = None) -> tuple[nn.Module, str]:
+    """Return the defended model of a shield on `device`, and the digest of the classifier's weights.
+
+    `given` is the classifier instead of the one that is specified. InputError for a model or defence that cannot be.
+    """
     if given is None:
         from maodun.zoo import load_model
 
@@ -187,18 +205,11 @@ def _shield(spec: ShieldSpec, data: Dataset, device: torch.device, given: nn.Mod
         from maodun.zoo.checkpoints import state_sha256
 
         model, digest = given, state_sha256(given)
-    if spec.weights is not None:
-        about["weights"] = spec.weights
-    about["sha256"] = digest
-    defended = spec.defense != "none"
-    if defended:
+    if spec.defense != "none":
         from maodun.defenses import Defended, build_defense
 
-        about.update({key: str(value) for key, value in spec.options.items()})
         model = Defended(build_defense(spec.defense, **spec.options), model).to(device).eval()
-    stochastic = _stochastic(model, data, device)
-    about["stochastic"] = "yes" if stochastic else "no"
-    return Shield(spec.label, model, digest, defended, stochastic, about)
+    return model, digest
 
 
 def _stochastic(model: nn.Module, data: Dataset, device: torch.device) -> bool:
