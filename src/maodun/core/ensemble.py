@@ -40,7 +40,7 @@ class Ensemble(nn.Module):
     @property
     def price(self) -> int:
         """How many network evaluations one call costs."""
-        return len(self.members)
+        return sum(price_of(member) for member in self.members)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fused logits, N x C."""
@@ -60,6 +60,11 @@ class Ensemble(nn.Module):
 
     def __len__(self) -> int:
         return len(self.members)
+
+
+def price_of(model: nn.Module) -> int:
+    """Return how many network evaluations one call of `model` costs: those of the ensemble it holds, else one."""
+    return next((module.price for module in model.modules() if isinstance(module, Ensemble)), 1)
 
 
 def members_of(model: nn.Module) -> list[nn.Module]:

@@ -9,13 +9,15 @@ own per-sample tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from maodun.core.ensemble import Ensemble
+from maodun.core.errors import InputError
 from maodun.core.streams import Stream
 
 Heads = Callable[[Tensor, Tensor], Tensor]
@@ -69,11 +71,11 @@ def _autograd(values: Tensor, x: Tensor) -> list[Tensor]:
     return grads
 
 
-def _value_and_grads(port: Port, x: Tensor, index: Tensor, heads: Heads, draws: int) -> Estimate:
-    with torch.enable_grad():
+def _value_and_grads(port: Port, x: Tensor, index: Tensor, heads: Heads, draws: int, members: bool = False) -> Estimate:
+    with torch.enable_grad(), _answers(port.model) if members else nullcontext([]) as answers:
         x = x.detach().requires_grad_(True)
         logits = port.forward(x, index, draws)
-        values = heads(logits, index)
+        values = torch.stack([heads(each.float(), index) for each in answers or [logits]]).mean(0)
         if not values.requires_grad:
             # The graph is broken (a non-differentiable model): the honest gradient is zero, and diagnostics say so.
             return logits.detach(), values.detach(), [torch.zeros_like(x) for _ in range(values.shape[1])]
@@ -82,16 +84,39 @@ def _value_and_grads(port: Port, x: Tensor, index: Tensor, heads: Heads, draws: 
     return logits.detach(), values.detach(), grads
 
 
+@contextmanager
+def _answers(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the answers of every member of the ensemble that `model` is or holds, for as long as the context lasts.
+
+    InputError when there is no ensemble.
+    """
+    ensemble = next((module for module in model.modules() if isinstance(module, Ensemble)), None)
+    if ensemble is None:
+        raise InputError("members true", "the model has no members", "leave it out, or defend with an ensemble")
+    answers: list[Tensor] = []
+    with ExitStack() as stack:
+        for member in ensemble:
+            # Read by the loop before the next call of the model: one entry per member, in order.
+            handle = member.register_forward_hook(lambda _module, _inputs, output: answers.append(output))
+            stack.callback(handle.remove)
+        yield answers
+
+
 @dataclass(frozen=True)
 class Exact:
-    """Backpropagation through the model as it is: one forward, one backward per head."""
+    """Backpropagation through the model as it is: one forward, one backward per head.
 
+    With `members` the loss is the mean of the losses of every member of the ensemble that the model is or holds,
+    instead of the loss of what they answer together (loss fusion; Dong et al., CVPR 2018).
+    """
+
+    members: bool = False
     needs: str = field(default="gradient", init=False)
     draws: int = field(default=1, init=False)
 
     def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
         """Return logits, values and exact gradients."""
-        return _value_and_grads(port, x, index, heads, 1)
+        return _value_and_grads(port, x, index, heads, 1, self.members)
 
 
 @dataclass(frozen=True)
@@ -101,18 +126,19 @@ class BPDA:
     Every module with a `bpda_partner(x)` method (or named in `partners`: module name -> function of its input) keeps
     its own forward value but takes its derivative from the partner. With `every` False only those do that declare
     themselves `broken` (or are named): the derivative of the others is their own. A module that declares itself
-    `lifted` hides gradients and nothing else, so its partner's value is taken as well.
+    `lifted` hides gradients and nothing else, so its partner's value is taken as well. `members` as for Exact.
     """
 
     partners: Mapping[str, Callable[[Tensor], Tensor]] | None = None
     every: bool = True
+    members: bool = False
     needs: str = field(default="gradient", init=False)
     draws: int = field(default=1, init=False)
 
     def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
         """Return logits, values and gradients through the partners."""
         with straight_through(port.model, self.partners or {}, self.every):
-            return _value_and_grads(port, x, index, heads, 1)
+            return _value_and_grads(port, x, index, heads, 1, self.members)
 
 
 @contextmanager
@@ -159,7 +185,9 @@ class EOT:
         with ExitStack() as stack:
             if isinstance(self.inner, BPDA):
                 stack.enter_context(straight_through(port.model, self.inner.partners or {}, self.inner.every))
-            logits, values, grads = _value_and_grads(port, x.repeat_interleave(draws, 0), wide, heads, draws)
+            logits, values, grads = _value_and_grads(
+                port, x.repeat_interleave(draws, 0), wide, heads, draws, self.inner.members
+            )
         return (
             logits.reshape(rows, draws, -1).mean(1),
             values.reshape(rows, draws, -1).mean(1),

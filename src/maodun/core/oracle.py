@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core import context
-from maodun.core.ensemble import Ensemble
+from maodun.core.ensemble import price_of
 from maodun.core.errors import InputError
 from maodun.core.estimators import BPDA, EOT, NES, SPSA, Estimate, Estimator, Exact, Heads
 from maodun.core.modes import conv_weights_channels_last, evaluation_mode, refuse_training_batchnorm
+from maodun.core.rejection import fold, may_reject
 from maodun.core.sizing import automatic_batch_size
 from maodun.core.streams import Stream
 
@@ -146,23 +147,29 @@ class Oracle:
         with nullcontext() if self.keep_mode else evaluation_mode(self.model), layout:
             yield
 
-    def session(self, x: Tensor, ids: Tensor, seed: int) -> Session:
-        """Open a run on the samples `x` (N x ...) with sample ids `ids` (N,)."""
-        return Session(self, x, ids, seed)
+    def session(self, x: Tensor, ids: Tensor, seed: int, y: Tensor | None = None) -> Session:
+        """Open a run on the samples `x` (N x ...) with sample ids `ids` (N,) and, for models that may reject, labels."""
+        return Session(self, x, ids, seed, y)
 
 
 class Session:
-    """One run's live connection: counts, budget, micro-batches, precision and keyed randomness."""
+    """One run's live connection: counts, budget, micro-batches, precision and keyed randomness.
 
-    def __init__(self, oracle: Oracle, x: Tensor, ids: Tensor, seed: int) -> None:
+    With labels `y` (N,) the logits of a model that may reject come as an adversary counts them (core.rejection.fold);
+    `apart` hands them over as the model gives them.
+    """
+
+    def __init__(self, oracle: Oracle, x: Tensor, ids: Tensor, seed: int, y: Tensor | None = None) -> None:
         self.oracle, self.sample_ids, self.seed = oracle, ids, seed
         self.model: nn.Module = cast(nn.Module, torch.compile(oracle.model)) if oracle.compile else oracle.model
         self.meter = Meter.zeros(x.shape[0], x.device)
         self.keyed = is_stochastic(oracle.model)
         self.stochastic = self.keyed if oracle.stochastic is None else oracle.stochastic
         self.batch_size = oracle.batch_size or automatic_batch_size(oracle.model, x)
-        self.price = oracle.model.price if isinstance(oracle.model, Ensemble) else 1
+        self.price = price_of(oracle.model)
         self.purpose = "search"
+        self.labels = y if y is not None and may_reject(oracle.model) else None
+        self.apart = False
         self._limited = oracle.budget != Budget()
         self._ones = torch.ones(0, dtype=torch.int64, device=x.device)
 
@@ -193,7 +200,8 @@ class Session:
             if self.oracle.precision == "bf16":
                 stack.enter_context(torch.autocast(x.device.type, dtype=torch.bfloat16))
             logits: Tensor = self.model(x)
-        return logits.float()
+        logits = logits.float()
+        return logits if self.labels is None or self.apart else fold(logits, self.labels[index])
 
     def count_backward(self, index: Tensor, passes: int, draws: int = 1) -> None:
         """Note `passes` backward passes for each row (times the draws) before they are made."""
@@ -206,7 +214,7 @@ class Session:
     def member(self, model: nn.Module) -> Session:
         """Return this session with one member of its ensemble for a model: meter, budget and draws stay shared."""
         part = copy.copy(self)
-        part.model, part.price = model, 1
+        part.model, part.price = model, price_of(model)
         return part
 
     def _charge(self, counter: Tensor, rows: Tensor, price: int) -> None:
