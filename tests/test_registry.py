@@ -14,7 +14,7 @@ from maodun.core.errors import InputError
 NAMES = {
     "fgsm", "bim", "pgd", "mifgsm", "nifgsm", "apgd", "apgd-t", "deepfool", "cw", "ddn", "fmn", "fab", "square",
     "autoattack", "autoattack-plus", "autoattack-rand", "sharp", "stadv", "lavan", "rays", "hopskipjump", "nes",
-    "spsa", "simba", "bandits", "boundary", "geoda", "transfer", "dr", "nrdm", "ssp", "fia", "ila", "relation",
+    "spsa", "simba", "bandits", "boundary", "geoda", "transfer", "dr", "nrdm", "ssp", "fia", "ila", "relation", "jsma",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ _ROOMS = {
     "minimum.ddn": ("ddn",),
     "minimum.fmn": ("fmn",),
     "minimum.fab": ("fab",),
+    "minimum.jsma": ("jsma",),
     "transfer.loop": ("transfer",),
     "universal.stadv": ("stadv",),
     "universal.lavan": ("lavan",),
