@@ -18,6 +18,7 @@ from maodun.core.estimators import EOT, Estimator
 from maodun.core.losses import get_loss
 from maodun.core.oracle import Oracle
 from maodun.core.problem import Problem
+from maodun.core.rejection import fold, may_reject
 from maodun.core.threat import Threat
 from maodun.core.verdict import fresh_logits, judge
 
@@ -139,13 +140,14 @@ class Laboratory:
         oracle, seed = self.arena.oracle(self.shield), self.arena.recipe.seed
         logits = fresh_logits(oracle, self.x, seed=seed, ids=self.ids, draws=self.rule.draws)
         self.forwards += logits.shape[0] * logits.shape[1]
+        logits = fold(logits, self.y) if may_reject(self.shield.model) else logits
         return self.rule.wrong(logits.argmax(2) != self.y[:, None], logits.softmax(2).mean(1), self.y, None)
 
     def gradients(self, loss: str, times: int = 1, *, whole: bool = False) -> list[Tensor]:
         """Return the gradients (n x d) of a loss at the clean inputs, drawn `times` times."""
         oracle, function = self.oracle(whole=whole), get_loss(loss)
         with oracle.ready():
-            session = oracle.session(self.x, self.ids, self.arena.recipe.seed)
+            session = oracle.session(self.x, self.ids, self.arena.recipe.seed, self.y)
             rows = torch.arange(self.n, device=self.x.device)
             found = [
                 session.estimate(self.x, rows, lambda logits, at: function(logits, self.y[at], None).unsqueeze(1))

@@ -19,6 +19,7 @@ from maodun.core.engine import Candidates, Progress
 from maodun.core.ensemble import Ensemble
 from maodun.core.errors import InputError
 from maodun.core.oracle import Oracle, is_stochastic
+from maodun.core.rejection import may_reject
 from maodun.core.status import Status
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _classes(model: nn.Module, few: Tensor, thing: str) -> int:
     try:
         with oracle.ready(), torch.no_grad():
             ids = torch.arange(few.shape[0], device=few.device)
-            return int(oracle.session(few, ids, 0).call(few, ids, ids).shape[1])
+            return int(oracle.session(few, ids, 0).call(few, ids, ids).shape[1]) - may_reject(model)
     except (RuntimeError, InputError) as error:
         reason = f"cannot take inputs of shape {tuple(few.shape[1:])} ({str(error).splitlines()[0]})"
         raise InputError(thing, reason, "take a model of the same inputs") from error

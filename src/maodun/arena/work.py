@@ -20,6 +20,7 @@ from maodun.arena.store import part_name
 from maodun.arena.surrogates import for_shield, search
 from maodun.core import geometry
 from maodun.core.engine import Candidates, Progress
+from maodun.core.rejection import doubt, fold, may_reject
 from maodun.core.status import Status
 from maodun.core.streams import Stream
 from maodun.core.verdict import fresh_logits, judge
@@ -33,6 +34,7 @@ CLEAN = pa.schema(
         ("probs", pa.list_(pa.float32())),
         ("logits", pa.list_(pa.float32())),
         ("draw_preds", pa.list_(pa.int64())),
+        ("doubt", pa.float32()),
     ]
 )
 RECORDS = pa.schema(
@@ -61,6 +63,8 @@ RECORDS = pa.schema(
         ("backwards", pa.int64()),
         ("queries", pa.int64()),
         ("seconds", pa.float32()),
+        ("clean_doubt", pa.float32()),
+        ("adv_doubt", pa.float32()),
     ]
 )
 
@@ -77,23 +81,32 @@ def _clean_pass(arena: Arena, unit: Unit) -> None:
     shield = arena.shields[unit.shield]
     x, y, ids = arena.rows(unit.shard)
     rule = arena.rule(shield)
-    logits = fresh_logits(arena.oracle(shield), x, seed=arena.recipe.seed, ids=ids, draws=rule.draws)
+    answer = fresh_logits(arena.oracle(shield), x, seed=arena.recipe.seed, ids=ids, draws=rule.draws)
+    rejects = may_reject(shield.model)
+    # What is kept is as an adversary counts it; what is right is as a user does, to whom a refusal is no answer.
+    logits = fold(answer, y) if rejects else answer
     probs, predictions = logits.softmax(2).mean(1), logits.argmax(2)
-    wrong = rule.wrong(predictions != y[:, None], probs, y, None)
+    raw = answer.softmax(2).mean(1)
+    wrong = rule.wrong(answer.argmax(2) != y[:, None], raw, y, None)
     columns = {
         "sample_id": _array(ids),
         "label": _array(y),
-        "pred": _array(probs.argmax(1)),
+        "pred": _array(raw.argmax(1)),
         "correct": _array(~wrong),
         "probs": _lists(probs),
         "logits": _lists(logits[:, 0]),
         "draw_preds": _lists(predictions),
+        "doubt": _array(doubt(answer).mean(1) if rejects else torch.full((len(ids),), torch.nan)),
     }
     arena.store.write_table(unit.part, columns, CLEAN)
 
 
 class Clean:
-    """The clean pass of a shard as tensors: `probs` N x C, `logits` N x C of one draw, `draws` N x K classes."""
+    """The clean pass of a shard as tensors: `probs` N x C, `logits` N x C of one draw, `draws` N x K classes.
+
+    `correct` and `pred` are the shield's answer, in which the class after the last is a refusal; of a shield that may
+    reject, all else is as `core.rejection.fold` counts it, and `doubt` (N,) is positive where it rejects (else NaN).
+    """
 
     def __init__(self, arena: Arena, shield: Shield, shard: int) -> None:
         table = arena.store.read_table([f"{clean_folder(shield.label)}/{part_name(shard)}.parquet"])
@@ -102,6 +115,7 @@ class Clean:
         self.probs = _tensor(table, "probs", arena)
         self.logits = _tensor(table, "logits", arena)
         self.draws = _tensor(table, "draw_preds", arena)
+        self.doubt = _tensor(table, "doubt", arena)
 
 
 def choose_targets(threat: ThreatSpec, probs: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor | None:
@@ -192,6 +206,7 @@ def _verdict(
     rule, threat = arena.rule(shield), cell.core_threat
     flags = clean.draws != y[:, None] if targets is None else clean.draws == targets[:, None]
     probs, fell = clean.probs.clone(), torch.zeros_like(clean.correct)
+    refusal = clean.doubt.clone()
     flags, success = flags.clone(), rule.wrong(flags, clean.probs, y, targets)
     moved = (found.x_adv != x).flatten(1).any(1).nonzero().squeeze(1)
     if moved.numel():
@@ -210,15 +225,19 @@ def _verdict(
         rows = moved[inside]
         flags[rows], probs[rows] = verdict.flags[inside], verdict.probs[inside]
         success[rows] = verdict.success[inside]
+        if verdict.doubt is not None:
+            refusal[rows] = verdict.doubt[inside]
         fell[moved] = verdict.success if cell.attack.kind == "minimum" else verdict.success & inside
     return {
-        "adv_pred": _array(probs.argmax(1)),
+        "adv_pred": _array(torch.where(refusal > 0, probs.shape[1], probs.argmax(1))),
         "adv_correct": _array(~success if targets is None else probs.argmax(1) == y),
         "adv_probs": _lists(probs),
         "success": _array(success),
         "success_draws": _array(flags.sum(1)),
         "draws": _array(torch.full_like(y, flags.shape[1])),
         "fell": _array(fell),
+        "clean_doubt": _array(clean.doubt),
+        "adv_doubt": _array(refusal),
     }
 
 

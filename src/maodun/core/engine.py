@@ -177,7 +177,7 @@ class Attack(Generic[S]):
         x, y, targets, ids = admission.check_samples(x, y, targets, ids, threat)
         stop_early = stop_early and not oracle.surrogate
         with oracle.ready():
-            session = oracle.session(x, ids, seed)
+            session = oracle.session(x, ids, seed, y)
             if check_model and oracle.stochastic is None:
                 session.stochastic = session.stochastic or admission.looks_stochastic(session, x)
             ledger = Ledger(session, x, threat, self.kind == "minimum", enough, stop_early)

@@ -148,7 +148,7 @@ class Oracle:
             yield
 
     def session(self, x: Tensor, ids: Tensor, seed: int, y: Tensor | None = None) -> Session:
-        """Open a run on the samples `x` (N x ...) with sample ids `ids` (N,) and, for models that may reject, labels."""
+        """Open a run on samples `x` (N x ...) with ids `ids` (N,); models that may reject need the labels `y` (N,)."""
         return Session(self, x, ids, seed, y)
 
 

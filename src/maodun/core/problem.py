@@ -13,6 +13,7 @@ from maodun.core.estimators import Estimator, Heads
 from maodun.core.geometry import per_sample
 from maodun.core.losses import DEPARTURES, LossFunction, get_loss, margin
 from maodun.core.oracle import Session
+from maodun.core.rejection import doubt, fold
 from maodun.core.status import Status
 from maodun.core.streams import Stream
 from maodun.core.threat import Threat
@@ -274,6 +275,32 @@ class Problem:
 
         logits, values, grads = self.values_and_gradients(x, heads, estimator)
         return logits, values[:, 0], grads[0]
+
+    def apart(self, x: Tensor, loss: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what classifier and detector say of `x` apart, for attacks that weigh them themselves.
+
+        That is: (N,) whether the classes' own logits are on the adversary's side, the gradient of `loss` on these,
+        (N,) doubt (positive: rejected) and its gradient. A model that never rejects has doubt -inf and gradient 0.
+        """
+        function, session, rejects = get_loss(loss), self.session, self.session.labels is not None
+
+        def heads(answer: Tensor, index: Tensor) -> Tensor:
+            logits = answer[:, :-1] if rejects else answer
+            climb = function(logits, self.y[index], None if self.targets is None else self.targets[index])
+            return torch.stack([climb, doubt(answer)], dim=1) if rejects else climb.unsqueeze(1)
+
+        session.apart = True
+        try:
+            answer, values, grads = session.estimate(x, self.rows, heads)
+        finally:
+            session.apart = False
+        self.ledger.note_gradient(self.rows, grads)
+        if not rejects:
+            self.ledger.note(self, x, answer)
+            never = torch.full_like(values[:, 0], -torch.inf)
+            return self.is_adversarial(answer), grads[0], never, torch.zeros_like(grads[0])
+        self.ledger.note(self, x, fold(answer, self.y))
+        return self.is_adversarial(answer[:, :-1]), grads[0], values[:, 1], grads[1]
 
     def values_and_gradients(
         self, x: Tensor, heads: Heads, estimator: Estimator | None = None

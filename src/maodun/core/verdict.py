@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from maodun.core.errors import InputError, nearest
 from maodun.core.oracle import Oracle, is_stochastic, randomness
+from maodun.core.rejection import doubt, fold, may_reject
 from maodun.core.sizing import automatic_batch_size
 from maodun.core.streams import Stream
 from maodun.core.threat import Threat
@@ -75,8 +76,10 @@ class Verdict:
     """The judgement on one set of candidates.
 
     `success` (N,): the adversary won under the rule and inside the threat. `flags` (N x K): per draw. `valid` (N,):
-    inside ball and box. `probs` (N x C): mean softmax over the draws. `predictions` (N,): class of `probs`. `robust`:
-    share of samples on which the adversary did not win, with its interval.
+    inside ball and box. `probs` (N x C): mean softmax over the draws. `predictions` (N,): class of `probs`. `doubt`
+    (N,): of a model that may reject, the draws' mean doubt (positive: rejected); an input that is rejected is no
+    success, and its `probs` are those of `core.rejection.fold`. `robust`: share of samples on which the adversary
+    did not win, with its interval.
     """
 
     success: Tensor
@@ -85,6 +88,7 @@ class Verdict:
     probs: Tensor
     predictions: Tensor
     rule: Rule
+    doubt: Tensor | None = None
 
     @property
     def robust(self) -> Interval:
@@ -118,11 +122,13 @@ def judge(
     valid = threat.contains(x_adv, x)
     scored = torch.where(valid.reshape(-1, *([1] * (x.ndim - 1))), x_adv, x).clamp(0.0, 1.0)
     logits = fresh_logits(oracle, scored, seed=seed, ids=ids, draws=rule.draws, batch_size=batch_size, purpose=purpose)
+    refusal = doubt(logits).mean(1) if may_reject(oracle.model) else None
+    logits = logits if refusal is None else fold(logits, y)
     probs = logits.softmax(2).mean(1)
     predicted = logits.argmax(2)
     wide_y = y.unsqueeze(1)
     flags = predicted != wide_y if targets is None else predicted == targets.unsqueeze(1)
-    return Verdict(rule.wrong(flags, probs, y, targets), flags, valid, probs, probs.argmax(1), rule)
+    return Verdict(rule.wrong(flags, probs, y, targets), flags, valid, probs, probs.argmax(1), rule, refusal)
 
 
 def fresh_logits(
