@@ -35,6 +35,8 @@ def test_shape_and_range_are_kept(name: str, shape: tuple[int, ...]) -> None:
     defense = build_defense(name)
     for out in (defense(x), defense.bpda_partner(x)):
         assert out.shape == x.shape
+        if name == "gaussian_noise":
+            continue  # clipped noise would not be the noise that a certificate is about
         assert float(out.min()) >= 0.0
         assert float(out.max()) <= 1.0
 
@@ -51,7 +53,7 @@ def test_declarations_are_true(name: str) -> None:
     assert torch.equal(defense(x), defense(x)) != defense.stochastic
 
 
-@pytest.mark.parametrize("name", sorted(set(DEFENSES) - {"random_resize_pad"}))
+@pytest.mark.parametrize("name", sorted(set(DEFENSES) - {"random_resize_pad", "gaussian_noise"}))
 def test_a_sample_does_not_depend_on_its_neighbours(name: str) -> None:
     x = smooth(5, 3, 16)
     defense = build_defense(name)

@@ -1,8 +1,11 @@
-"""Randomised smoothing: closed forms of the bounds and of a linear classifier, then what must not depend on the batch."""
+"""Randomised smoothing: closed forms first, then what must not depend on the batch, then the command line."""
 
 from __future__ import annotations
 
+import csv
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,3 +192,76 @@ class TestBatches:
 def test_bad_input(changes: dict[str, float], words: str) -> None:
     with pytest.raises(InputError, match=words):
         certify(plane(), points(2), **{"sigma": 0.5, **changes})
+
+
+class TestCommand:
+    """The command line on the digits, with a linear net so that nothing takes long."""
+
+    WORDS = ("certify", "victims:linear", "--data", "digits", "--draws", "400", "--limit", "40")
+
+    @pytest.fixture(autouse=True)
+    def _victims(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+    def test_table_page_and_lines(self, maodun: Any, tmp_path: Path) -> None:
+        out = tmp_path / "run"
+        done = maodun(*self.WORDS, "--out", out, "--progress", "quiet")
+        assert done.code == 0, done.err
+        assert "abstained" in done.out
+        rows = list(csv.DictReader((out / "samples.csv").open()))
+        assert len(rows) == 40
+        right = [float(row["radius"]) for row in rows if row["prediction"] == row["label"]]
+        lines = list(csv.DictReader((out / "curve.csv").open()))
+        table = {float(row["radius"]): float(row["accuracy"]) for row in lines if row["line"] == "certified"}
+        assert table == {eps: pytest.approx(sum(r >= eps for r in right) / 40) for eps in table}
+        assert table[0.0] >= table[0.25] >= table[0.5]
+        page = (out / "report.html").read_text()
+        assert "Certified accuracy by radius" in page
+        assert "<svg" in page
+
+    def test_a_second_start_does_only_what_is_missing(self, maodun: Any, tmp_path: Path) -> None:
+        out = tmp_path / "run"
+        assert maodun(*self.WORDS, "--out", out, "-q").code == 0
+        before = (out / "samples.csv").read_text()
+        kept = out / "certificates" / "part-00000.parquet"
+        stamp = kept.stat().st_mtime_ns
+        (out / "certificates" / "part-00001.parquet").unlink()
+        assert maodun(*self.WORDS, "--out", out, "-q", "--batch-size", "33").code == 0
+        assert (out / "samples.csv").read_text() == before
+        assert kept.stat().st_mtime_ns == stamp
+        assert "holds a run of another recipe" in maodun(*self.WORDS, "--sigma", "0.5", "--out", out).error
+
+    def test_attacks_stand_beside_and_do_not_contradict(self, maodun: Any, tmp_path: Path) -> None:
+        out, run = tmp_path / "cert", tmp_path / "arena"
+        attacked = maodun(
+            *("evaluate", "--model", "victims:linear", "--data", "digits", "--limit", "40", "--defense"),
+            *("gaussian_noise:sigma=0.25", "--norm", "l2", "--eps", "0.1,0.5", "--attack", "pgd:steps=8", "--eot", "4"),
+            *("--draws", "50", "--no-diagnostics", "--out", run, "-q"),
+        )
+        assert attacked.code == 0, attacked.err
+        done = maodun(*self.WORDS, "--out", out, "--beside", run, "--progress", "quiet")
+        assert done.code == 0, done.err
+        assert "leaves" in done.out
+        assert "contradict" not in done.out
+        lines = list(csv.DictReader((out / "curve.csv").open()))
+        certain = [(float(row["radius"]), float(row["accuracy"])) for row in lines if row["line"] == "certified curve"]
+        points = [(float(row["radius"]), float(row["accuracy"])) for row in lines if "pgd" in row["line"]]
+        assert [eps for eps, _ in points] == [0.1, 0.5]
+        for eps, robust in points:
+            assert max(accuracy for radius, accuracy in certain if radius >= eps) <= robust
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (("--sigma", "0"), "sigma 0.0"),
+            (("--sigma", "-1"), "sigma -1.0"),
+            (("--alpha", "1.5"), "alpha 1.5"),
+            (("--draws", "5"), "draws 5"),
+            (("--defense", "nonsense"), "defence 'nonsense'"),
+            (("--data", "cifar100000"), "cifar100000"),
+            (("--device", "cuda:9"), "device 'cuda:9'"),
+            (("--beside", "/nowhere/at/all"), "/nowhere/at/all"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, maodun: Any, tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
+        assert expected in maodun(*self.WORDS, *words, "--out", tmp_path / "run").error

@@ -118,6 +118,38 @@ def harden(
 
 
 @app.command()
+def certify(
+    model: Annotated[str, typer.Argument(help="The classifier, as after --model elsewhere.", show_default=False)],
+    data: o.Data,
+    sigma: Annotated[float, typer.Option(help="Standard deviation of the noise, in [0, 1] input units.")] = 0.25,
+    draws: Annotated[int, typer.Option(help="Draws that bound the class's probability.", min=1)] = 10_000,
+    guesses: Annotated[int, typer.Option(help="Draws that choose the class.", min=1)] = 100,
+    alpha: Annotated[float, typer.Option(help="Probability that a sample's certificate is wrong, at most.")] = 0.001,
+    defense: Annotated[str, typer.Option(help="Between noise and model, as denoise:score=FILE.")] = "none",
+    beside: Annotated[list[str] | None, typer.Option(help="A run's folder with l2 attacks; may be repeated.")] = None,
+    weights: o.Weights = None,
+    model_option: o.ModelOption = None,
+    split: o.Split = "test",
+    limit: o.Limit = None,
+    seed: Annotated[int, typer.Option(help="The seed of every draw.")] = 0,
+    shard_size: Annotated[int, typer.Option(help="Samples per resumable part.", min=1)] = 16,
+    batch_size: o.BatchSize = "auto",
+    device: o.Device = "cpu",
+    out: o.Out = None,
+    progress: o.Show = o.Progress.bar,
+    quiet: o.Quiet = False,
+) -> None:
+    """Certify a model by randomised smoothing: l2 radii that no attack can beat; the same line again resumes."""
+    from maodun.app import certifying
+
+    certifying.certify(
+        model, data, weights=weights, model_option=model_option, defense=defense, split=split, limit=limit,
+        batch_size=batch_size, device=device, out=out, beside=beside or [], progress=progress.value, quiet=quiet,
+        sigma=sigma, draws=draws, guesses=guesses, alpha=alpha, seed=seed, shard_size=shard_size,
+    )  # fmt: skip
+
+
+@app.command()
 def multitask(
     recipe: Annotated[str, typer.Argument(help="A multi-task recipe in YAML.", show_default=False)],
     out: Annotated[str, typer.Option(help="The run's folder.")] = "runs/multi-task",

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from maodun.app.consoles import console
+from maodun.arena.certified import is_certificate, summarise_certificates
 from maodun.arena.summary import summarise
+from maodun.report.certified import write_certified
 from maodun.report.compare import compare as paired
 from maodun.report.compare_views import to_table, write_comparison
 from maodun.report.exports import export
@@ -15,6 +17,13 @@ from maodun.report.html import write_report
 
 def report(folder: str, outs: Sequence[str], *, light: bool, quiet: bool) -> None:
     """Write the run in `folder` to each of `outs` (by suffix), or to report.html beside its records."""
+    if is_certificate(folder):
+        certificates = summarise_certificates(folder)
+        for out in outs or [f"{folder.rstrip('/')}/report.html"]:
+            written = write_certified(certificates, folder, out, light=light)
+            if not quiet:
+                console().print(str(written), soft_wrap=True)
+        return
     summary = summarise(folder)
     for out in outs or [f"{folder.rstrip('/')}/report.html"]:
         page = PurePosixPath(out).suffix.lower() in (".html", ".htm")

@@ -53,7 +53,7 @@ def account(store: Store | str) -> RunSummary:
     store = Store(store) if isinstance(store, str) else store
     manifest = store.manifest()
     shards = -(-manifest["data"]["samples"] // manifest["recipe"]["shard_size"])
-    cells = [records for about in manifest["cells"] if (records := _records(store, about, shards)) is not None]
+    cells = cell_records(store)
     findings, diagnosed = _findings(store, manifest)
     complete = diagnosed and len(cells) == len(manifest["cells"])
     complete = complete and all(len(records.shards) == shards for records in cells)
@@ -76,6 +76,13 @@ def account(store: Store | str) -> RunSummary:
         findings=[*findings, *cross_check([(records.about, records.columns) for records in cells])],
         pictures=[picture for records in cells for picture in _pictures(store, records)],
     )
+
+
+def cell_records(store: Store) -> list[Records]:
+    """Return the records of every cell of a run that has a finished shard, in the manifest's order."""
+    manifest = store.manifest()
+    shards = -(-manifest["data"]["samples"] // manifest["recipe"]["shard_size"])
+    return [records for about in manifest["cells"] if (records := _records(store, about, shards)) is not None]
 
 
 def _records(store: Store, about: dict[str, Any], shards: int) -> Records | None:

@@ -30,6 +30,7 @@ from maodun.defenses.training import (
     Objective,
     Standard,
 )
+from maodun.defenses.training.noisy import GaussianAugmentation
 
 BASES: dict[str, type[Adversarial]] = {
     "adversarial": AdversarialTraining,
@@ -85,15 +86,16 @@ class AWPSpec(_Part):
 class ObjectiveSpec(_Part):
     """What is minimised.
 
-    standard: cross-entropy. adversarial: cross-entropy at the inputs that `inner` finds; mixed, trades, mart, score,
-    dkl and ikl: the objectives of those names. free: replays with the ball of `inner`, whose attack is not used.
-    distillation: a teacher at `temperature` on hard labels, then a student at the same temperature on the teacher's
-    soft ones. `options` are the objective's own (beta, alpha, ...). `uad` or `ace` extend it, `awp` wraps the whole.
+    standard: cross-entropy. noise: cross-entropy under Gaussian noise of option `sigma`. adversarial: cross-entropy at
+    the inputs that `inner` finds; mixed, trades, mart, score, dkl and ikl: the objectives of those names. free: replays
+    with the ball of `inner`, whose attack is not used. distillation: a teacher at `temperature` on hard labels, then a
+    student at the same temperature on the teacher's soft ones. `options` are the objective's own (beta, alpha, ...).
+    `uad` or `ace` extend it, `awp` wraps the whole.
     `ramp` in [0, 1] is the share of the steps over which the inner radius grows to its full size.
     """
 
     kind: Literal[
-        "standard", "adversarial", "mixed", "trades", "mart", "score", "dkl", "ikl", "free", "distillation"
+        "standard", "noise", "adversarial", "mixed", "trades", "mart", "score", "dkl", "ikl", "free", "distillation"
     ] = "standard"
     inner: InnerAttack | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -122,6 +124,8 @@ class ObjectiveSpec(_Part):
 
 def build_objective(spec: ObjectiveSpec, *, seed: int, per_epoch: int, epochs: int) -> Objective:
     """Return the objective of a recipe (distillation, which has two, excepted); one epoch has `per_epoch` steps."""
+    if spec.kind == "noise":
+        return GaussianAugmentation(smoothing=spec.smoothing, seed=seed, **spec.options)
     if spec.inner is None or spec.kind == "standard":
         return Standard(spec.smoothing)
     threat = Threat(spec.inner.norm, spec.inner.eps)
@@ -159,5 +163,7 @@ def _options(kind: str) -> list[str]:
     """Return the names an objective of this kind takes under `options`."""
     if kind == "free":
         return ["replays"]
+    if kind == "noise":
+        return ["sigma"]
     fixed = {"attack", "smoothing", "improved", "memory"}
     return [name for name in _fields(BASES[kind]) if name not in fixed] if kind in BASES else []

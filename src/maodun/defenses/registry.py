@@ -12,8 +12,11 @@ from maodun.defenses.preprocessing.bit_depth import BitDepth
 from maodun.defenses.preprocessing.jpeg import JPEG
 from maodun.defenses.preprocessing.median import Median
 from maodun.defenses.preprocessing.random_resize_pad import RandomResizePad
+from maodun.defenses.smoothing.noise import GaussianNoise
 
-DEFENSES: dict[str, type[Defense]] = {each.name: each for each in (NoDefense, BitDepth, Median, JPEG, RandomResizePad)}
+DEFENSES: dict[str, type[Defense]] = {
+    each.name: each for each in (NoDefense, BitDepth, Median, JPEG, RandomResizePad, GaussianNoise)
+}
 
 
 def options_of(defense: type[Defense]) -> dict[str, Any]:
