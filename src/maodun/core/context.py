@@ -60,6 +60,22 @@ def part(name: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def ensured(x: Tensor) -> Iterator[None]:
+    """Give the modules called inside a draw: the current one, or outside of any a new one for the rows of `x`.
+
+    The new draw's seed comes from torch's default generator. For modules that must be able to draw the same noise
+    again, which torch's generators do not offer.
+    """
+    if _current.get() is not None:
+        yield
+        return
+    seed = int(torch.randint(2**62, ()))
+    ids = torch.arange(x.shape[0], device=x.device)
+    with draw(Stream(seed, "alone"), ids, torch.zeros_like(ids)):
+        yield
+
+
 @dataclass(frozen=True)
 class Noise:
     """Random numbers for the rows of one input; `shape` arguments are per row and default to the input's own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from maodun.core.errors import InputError
 from maodun.defenses.preprocessing.base import Defense, DefenseSpec
 from maodun.defenses.purification.denoiser import Denoiser
 from maodun.defenses.purification.levels import CLEAN, Levels, vp_discrete
+from maodun.defenses.purification.replay import Replay, Way
 from maodun.defenses.purification.samplers import Sampler, State, find_sampler
 
 
@@ -23,7 +25,8 @@ class DiffusionFilter(Defense):
     `t_star` in (0, 1) is a share of the noise levels; `levels` the table (default DDPM's 1000 linear betas, or
     the network's own); `rounds` repeats diffusion and reversal; `votes` makes Defended average the probabilities
     of that many independent purifications. Noise is keyed by (seed, sample, draw, place in the chain), so a result does
-    not depend on the batch. Costs rounds x nfe(steps) network evaluations per vote. InputError for t_star outside
+    not depend on the batch. Its derivative is exact at the memory of one step (`gradient`, by default a Replay; a Plain
+    keeps every activation). Costs rounds x nfe(steps) network evaluations per vote. InputError for t_star outside
     (0, 1), no steps or votes, and for images whose size or channels the network does not take.
 
     The Diffusion Filter (DifFilter, TIFS 2024) is a reconstruction: its source names the forward equation, the learned
@@ -32,6 +35,7 @@ class DiffusionFilter(Defense):
 
     name = "diffusion_filter"
     spec = DefenseSpec(stochastic=True, inner_loop=True)
+    gradient: Way = Replay()
 
     def __init__(
         self,
@@ -57,6 +61,29 @@ class DiffusionFilter(Defense):
             stochastic=True, inner_loop=True, nfe=rounds * votes * self.sampler.nfe(steps), votes=votes
         )
 
+    @property
+    def replays(self) -> int:
+        """How many network evaluations one after the other need the memory of one."""
+        return self.spec.nfe
+
+    @contextmanager
+    def surrogate_process(self, steps: int) -> Iterator[None]:
+        """Purify in at most `steps` steps (0: a fifth of its own, at least one) for as long as the context lasts.
+
+        The surrogate that an attacker differentiates instead (Lee and Kim, ICCV 2023).
+        """
+        path = self.path
+        self.path = self.sampler.grid(path[0], min(self.steps, steps or max(1, self.steps // 5)))
+        try:
+            yield
+        finally:
+            self.path = path
+
+    def guide(self, x: Tensor) -> State:
+        """Return what every move looks at besides the state, as a differentiable function of `x`: here nothing."""
+        del x
+        return ()
+
     def moves(self) -> Iterator[tuple[int, int]]:
         """Yield the chain as pairs of levels (from, to): up from -1 is a diffusion, down is a reverse step.
 
@@ -65,8 +92,9 @@ class DiffusionFilter(Defense):
         for _ in range(self.rounds):
             yield from pairwise((CLEAN, *self.path))
 
-    def advance(self, state: State, t: int, s: int, noise: Tensor) -> State:
+    def advance(self, state: State, t: int, s: int, noise: Tensor, guide: State = ()) -> State:
         """Return the state after one move: pure, so that a replay with the same noise gives the same bits."""
+        del guide
         if t == CLEAN:
             scale, sigma = self.levels.at(s)
             return self.sampler.init(scale * state[0] + sigma * noise)
@@ -82,10 +110,9 @@ class DiffusionFilter(Defense):
         """Return the purified images, N x C x H x W in [0, 1]."""
         self.need_images(x)
         self.denoiser.need_shape(x)
-        state: State = (2.0 * x - 1.0,)
-        for i, (t, s) in enumerate(self.moves()):
-            state = self.advance(state, t, s, self.draw(x, i, t))
-        return ((state[0] + 1.0) / 2.0).clamp(0.0, 1.0)
+        with context.ensured(x):
+            u = self.gradient.run(self, tuple(self.moves()), (2.0 * x - 1.0,), self.guide(x))
+        return ((u + 1.0) / 2.0).clamp(0.0, 1.0)
 
     def answer(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return the logits of `model` behind the filter; with votes, the log of the mean probabilities."""
