@@ -59,6 +59,16 @@ def parse_attacks(text: str) -> list[tuple[str, dict[str, Any]]]:
     return [parse_named(part, thing="--attack") for part in text.split(",") if part.strip()]
 
 
+def parse_defenses(text: str) -> dict[str, Any]:
+    """Return a shield's defence: one with its options, or a list where `text` names several, separated by commas."""
+    parts = [parse_named(part, thing="--defense") for part in text.split(",") if part.strip()]
+    if not parts:
+        raise wrong("--defense", "names no defence", "choose from 'maodun list defenses', or leave it out")
+    if len(parts) == 1:
+        return {"defense": parts[0][0], "options": parts[0][1]}
+    return {"defense": [{"name": name, "options": options} for name, options in parts]}
+
+
 def parse_radii(text: str | None) -> list[float]:
     """Return the radii in a comma-separated list such as "4/255,8/255"; None is any radius."""
     from maodun.arena.recipe import parse_radius
@@ -129,7 +139,6 @@ class Flags:
         attacks = parse_attacks(self.attack)
         if not attacks:
             raise wrong("--attack", "names no attack", "choose from 'maodun list attacks'")
-        defense, options = parse_named(self.defense, thing="--defense")
         repeated = len({name for name, _ in attacks}) < len(attacks)
         spears = [
             {
@@ -149,8 +158,7 @@ class Flags:
             "model": self.model,
             "weights": self.weights,
             "model_options": self._model_options(),
-            "defense": defense,
-            "options": options,
+            **parse_defenses(self.defense),
         }
         threats = [{"norm": self.norm, "eps": eps, "targeted": self.targeted} for eps in parse_radii(self.eps)]
         return make_recipe(

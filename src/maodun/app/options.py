@@ -19,6 +19,7 @@ _MODEL = "zoo:NAME, package.module:factory, torchscript:FILE, onnx:FILE, sklearn
 _DATA = "digits, mnist, cifar10, folder:DIR, parquet:FILES, npz:FILE or hf:ID."
 _WEIGHTS = "A .safetensors file, or a checkpoint that loads without running code."
 _EPS = "Radius in [0, 1] input units, as 8/255 (flow: pixels); several separated by commas. Left out: any radius."
+_DEFENSE = "A defence, as bit_depth:bits=3; several separated by commas, the first nearest to the input."
 _ATTACK = "Attacks separated by commas, with options as in pgd:steps=10:restarts=2."
 
 
@@ -41,7 +42,7 @@ Model = Annotated[str, _flag(_WHAT, _MODEL, show_default=False)]
 Weights = Annotated[str | None, _flag(_WHAT, _WEIGHTS)]
 ModelOption = Annotated[list[str] | None, _flag(_WHAT, "key=value for the model's factory; may be repeated.")]
 AllowRemote = Annotated[bool, _flag(_WHAT, "Permit a service that is not on this machine.", "--allow-remote")]
-Defense = Annotated[str, _flag(_WHAT, "A defence in front of the model, as bit_depth:bits=3.")]
+Defense = Annotated[str, _flag(_WHAT, _DEFENSE)]
 Data = Annotated[str, _flag(_WHAT, _DATA, show_default=False)]
 Split = Annotated[str, _flag(_WHAT, "The split of the data.")]
 Limit = Annotated[int | None, _flag(_WHAT, "Only the first N samples.", min=1)]
@@ -50,7 +51,7 @@ Norm = Annotated[str, _flag(_HOW, "linf, l2, l1, l0 (a count of changed entries)
 Eps = Annotated[str | None, _flag(_HOW, _EPS)]
 Attack = Annotated[str, _flag(_HOW, _ATTACK)]
 Targeted = Annotated[bool, _flag(_HOW, "The wrong class is chosen beforehand.", "--targeted")]
-Gradient = Annotated[str, _flag(_HOW, "exact, bpda, nes or spsa.")]
+Gradient = Annotated[str, _flag(_HOW, "exact, bpda, nes, spsa, or auto: the strongest that the shield's parts leave.")]
 Eot = Annotated[int, _flag(_HOW, "Draws averaged per gradient of a stochastic defence.", min=1)]
 
 Surrogate = Annotated[str | None, _flag(_HOW, "Models to search on instead, separated by commas: transfer.")]

@@ -17,18 +17,21 @@ GIVEN = "given:"
 def evaluate_command(recipe: Recipe, cell: Cell) -> str | None:
     """Return the `maodun evaluate` line for a cell, None when its set-up goes beyond what flags can say."""
     shield = next(each for each in recipe.shields if each.label == cell.shield)
-    spear, threat = cell.spec, cell.threat
-    beyond = spear.gradient_options or spear.budget != BudgetSpec(queries=spear.budget.queries)
+    # The spear as it was asked for: the cell's own may have its estimator from the plan.
+    spear, threat = next(each for each in recipe.spears if each.label == cell.spear), cell.threat
+    beyond = bool(shield.members) or spear.gradient_options or spear.budget != BudgetSpec(queries=spear.budget.queries)
     if beyond or (threat.targeted and threat.goal != "random") or shield.model.startswith(GIVEN):
         return None
-    attack, defense = _named(spear.attack, spear.options), _named(shield.defense, shield.options)
-    if attack is None or defense is None:
+    attack = _named(spear.attack, spear.options)
+    parts = [_named(part.name, part.options) for part in shield.parts]
+    defense = ",".join(part for part in parts if part is not None)
+    if attack is None or None in parts:
         return None
     words = ["maodun", "evaluate", "--model", shield.model]
     words += ["--weights", shield.weights] if shield.weights else []
     for key, value in shield.model_options.items():
         words += ["--model-option", f"{key}={value}"]
-    words += ["--defense", defense] if defense != "none" else []
+    words += ["--defense", defense] if defense else []
     words += ["--data", recipe.data.spec]
     words += ["--split", recipe.data.split] if recipe.data.split != "test" else []
     words += ["--limit", str(recipe.data.limit)] if recipe.data.limit else []

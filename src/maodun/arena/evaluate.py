@@ -19,6 +19,7 @@ from maodun.arena.progress import Watcher
 from maodun.arena.recipe import Recipe, ThreatSpec, make_recipe, parse_radius
 from maodun.arena.run import run
 from maodun.arena.store import Store
+from maodun.arena.strategy import derive, resolved
 from maodun.arena.summary import RunSummary
 from maodun.arena.surrogates import fused, load_surrogate
 from maodun.attacks.artifacts import TrainedAttack
@@ -57,8 +58,9 @@ def attack(
 
     `name` is an attack of `maodun list attacks` and `options` are its own, as `steps=40`. `eps` may be a fraction in
     words, "8/255"; None leaves the radius open for least-distance attacks. `targets` (N,) ask for given classes.
-    `gradient` is exact, bpda, nes or spsa, averaged over `eot` draws. With `surrogate` (a model, a specification or
-    several of them, which make an ensemble) the search sees these instead of `model` and always goes its whole way.
+    `gradient` is exact, bpda, nes or spsa, averaged over `eot` draws, or auto: what the model's parts call for.
+    With `surrogate` (a model, a specification or several of them, which make an ensemble) the search sees these instead
+    of `model` and always goes its whole way.
     The result's `x_adv` holds the clean input where nothing was found. What it says of its own success is the search's
     opinion; `evaluate` gives the verdict.
     Raises InputError or UnsupportedError with a reason for what cannot be meant.
@@ -70,12 +72,14 @@ def attack(
     refuse_unsupported(spear, chosen, threat, tuple(x.shape[1:]))
     place = _device_of(model, x)
     stand_ins = {} if surrogate is None else _stand_ins(surrogate)
+    seen = model
     if stand_ins:
         few = x[:2].to(place)
         loaded = {spec: load_surrogate(spec, few, {"model": model}, place, each) for spec, each in stand_ins.items()}
         seen = fused(loaded, spear.model_copy(update={"surrogate": tuple(loaded)}))
+    spear = resolved(spear, derive(seen, eot))
     oracle = Oracle(
-        seen if stand_ins else model,
+        seen,
         access=access(spear, chosen),
         gradient=estimator(spear),
         batch_size=batch_size,
@@ -102,7 +106,7 @@ def evaluate(
     eps: float | str | Sequence[float | str] | None = None,
     attack: Spear | Sequence[Spear] = "autoattack",
     targeted: bool = False,
-    defense: str = "none",
+    defense: str | Sequence[str | dict[str, Any]] = "none",
     defense_options: dict[str, Any] | None = None,
     gradient: str = "exact",
     eot: int = 1,
@@ -120,8 +124,9 @@ def evaluate(
     """Attack `model` on `data` and return what is left of its accuracy, judged with fresh draws.
 
     `model` is any module from [0, 1] inputs to logits, or a specification such as "zoo:digits-cnn". `data` is a pair
-    (x, y), an iterable of such pairs (a DataLoader), a Dataset, or a specification such as "digits". `eps` is one
-    radius or several. `attack` is "pgd,deepfool", a name, an Attack, a recipe's spear as a mapping, or a list of
+    (x, y), an iterable of such pairs (a DataLoader), a Dataset, or a specification such as "digits". `defense` is a
+    name, or a list of names and {name: options}, the first nearest to the input; `gradient` as for `attack`. `eps` is
+    one radius or several. `attack` is "pgd,deepfool", a name, an Attack, a recipe's spear as a mapping, or a list of
     these. `surrogate` (a model, a specification, or several) is what the spears search on instead of the model, which
     then only passes the verdict. With `out` the run is kept there, with its adversarial inputs, and resumed by the same
     call. The result's `robust` is the worst case over all attacks, `cells` has each of them, `findings` the suspicions.
@@ -129,7 +134,8 @@ def evaluate(
     """
     samples = _samples(data, limit)
     module, spec = _module(model)
-    label = spec.removeprefix(GIVEN) + ("" if defense == "none" else f" + {defense}")
+    shield = {"model": spec, "defense": defense, "options": defense_options or {}}
+    label = _recipe({"shields": [shield], "spears": [{"attack": "pgd"}]}).shields[0].title.removeprefix(GIVEN)
     radii = list(eps) if isinstance(eps, Sequence) and not isinstance(eps, str) else [eps]
     stand_ins = {} if surrogate is None else _stand_ins(surrogate)
     recipe = _recipe(
@@ -138,7 +144,7 @@ def evaluate(
             "seed": seed,
             "data": {"spec": samples.spec, "limit": limit},
             "threats": [_threat(norm, radius, targeted).model_dump(mode="json") for radius in radii],
-            "shields": [{"name": label, "model": spec, "defense": defense, "options": defense_options or {}}],
+            "shields": [{"name": label, **shield}],
             "spears": [{"surrogate": list(stand_ins), **spear} for spear in _spears(attack, gradient, eot)],
             "verdict": {"rule": rule, "draws": draws},
             "diagnostics": diagnostics,

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from maodun.arena.recipe import Recipe, ShieldSpec, SpearSpec, ThreatSpec, format_radius
+from maodun.arena.recipe import Recipe, SpearSpec, ThreatSpec, format_radius
+from maodun.arena.shield_recipe import ShieldSpec
 from maodun.arena.store import part_name
 from maodun.core.engine import Attack
 from maodun.core.errors import InputError, UnsupportedError
@@ -123,13 +124,18 @@ def build(spear: SpearSpec) -> Attack[Any]:
 
 
 def estimator(spear: SpearSpec) -> Estimator:
-    """Return the gradient estimator of a spear; InputError for options it does not have."""
-    kinds: dict[str, Any] = {"exact": Exact, "bpda": BPDA, "nes": NES, "spsa": SPSA}
+    """Return the gradient estimator of a spear; InputError for options it does not have.
+
+    Of one that leaves it to the plan (auto), before the shield is known: the exact gradient.
+    """
+    kinds: dict[str, Any] = {"auto": Exact, "exact": Exact, "bpda": BPDA, "nes": NES, "spsa": SPSA}
     try:
         inner = kinds[spear.gradient](**spear.gradient_options)
     except TypeError as error:
         where = f"gradient_options of spear '{spear.label}'"
-        raise InputError(where, str(error).rpartition(") ")[2], "see docs: nes and spsa take samples, sigma") from None
+        raise InputError(
+            where, str(error).rpartition(") ")[2], "nes and spsa take samples and sigma, bpda every"
+        ) from None
     if spear.eot == 1:
         return inner  # type: ignore[no-any-return]
     if spear.gradient in ("nes", "spsa"):

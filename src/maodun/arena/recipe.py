@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
+from maodun.arena.shield_recipe import DefensePart, MemberSpec, ShieldSpec
 from maodun.core.errors import InputError, nearest
 
 
@@ -81,22 +82,6 @@ class ThreatSpec(_Part):
         return f"{self.norm} {format_radius(self.eps)}" + (" targeted" if self.targeted else "")
 
 
-class ShieldSpec(_Part):
-    """What is defended: a model specification, its weights and options, and a defence with its `options`."""
-
-    name: str = ""
-    model: str
-    weights: str | None = None
-    model_options: dict[str, Any] = Field(default_factory=dict)
-    defense: str = "none"
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The given name, or one made of the model and the defence."""
-        return self.name or (self.model if self.defense == "none" else f"{self.model} + {self.defense}")
-
-
 class BudgetSpec(_Part):
     """The most calls one sample may cost (None: no limit)."""
 
@@ -113,16 +98,17 @@ def _several(value: object) -> object:
 class SpearSpec(_Part):
     """How it is attacked: an attack with its options, its gradient estimator, EOT draws, access and budget.
 
-    `eot` is the number of draws averaged per gradient (1: no averaging); `access` None means what the
-    attack needs; `norms` restricts the spear to the threats of these norms. With `surrogate` (model specifications)
-    the search sees these models instead of the shield, several as an ensemble of mean logits or probabilities
-    (`fusion`), and what it ends with is judged on the shield.
+    `gradient` auto leaves the estimator to the plan, which reads what every part of the shield declares.
+    `eot` is the number of draws averaged per gradient (1: no averaging; with auto: as many as the plan thinks fit);
+    `access` None means what the attack needs; `norms` restricts the spear to the threats of these norms. With
+    `surrogate` (model specifications) the search sees these models instead of the shield, several as an ensemble of
+    mean logits or probabilities (`fusion`), and what it ends with is judged on the shield.
     """
 
     attack: str
     name: str = ""
     options: dict[str, Any] = Field(default_factory=dict)
-    gradient: Literal["exact", "bpda", "nes", "spsa"] = "exact"
+    gradient: Literal["auto", "exact", "bpda", "nes", "spsa"] = "exact"
     gradient_options: dict[str, Any] = Field(default_factory=dict)
     eot: int = Field(default=1, ge=1)
     access: Literal["gradient", "scores", "decision"] | None = None
@@ -192,9 +178,13 @@ class Recipe(_Part):
         plain: dict[str, Any] = self.model_dump(mode="json")
         plain["precision"] = plain.pop("compute")["precision"]
         for shield in plain["shields"]:
-            if shield["model"].startswith(("http:", "https:")):
-                # How a service is treated changes no answer of it: a run may go on at another pace.
-                shield["model_options"] = {k: v for k, v in shield["model_options"].items() if k not in _CONDUCT}
+            for each in (shield, *shield["members"]):
+                if each["model"].startswith(("http:", "https:")):
+                    # How a service is treated changes no answer of it: a run may go on at another pace.
+                    each["model_options"] = {k: v for k, v in each["model_options"].items() if k not in _CONDUCT}
+            if not shield["members"]:
+                # Runs of before there were ensembles keep their identity.
+                del shield["members"], shield["fusion"], shield["subset"]
         for spear in plain["spears"]:
             if not spear["surrogate"]:
                 # Runs of before there were surrogates keep their identity.
@@ -209,11 +199,13 @@ class Recipe(_Part):
 
 
 # The model behind each top-level key, to name the nearest key a misspelt one could have meant.
-_PARTS: dict[tuple[str, ...], type[_Part]] = {
+_PARTS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Recipe,
     ("data",): DataSpec,
     ("threats",): ThreatSpec,
     ("shields",): ShieldSpec,
+    ("shields", "defense"): DefensePart,
+    ("shields", "members"): MemberSpec,
     ("spears",): SpearSpec,
     ("spears", "budget"): BudgetSpec,
     ("verdict",): VerdictSpec,

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from maodun.arena.commands import evaluate_command
 from maodun.arena.plan import Cell, Plan, Shard, access, budget, estimator, make_plan, steps
-from maodun.arena.recipe import Recipe, ShieldSpec
+from maodun.arena.recipe import Recipe
+from maodun.arena.shield_recipe import ShieldSpec
+from maodun.arena.shields import about_shield, refuse_unfit, shield_model
 from maodun.arena.store import Store
+from maodun.arena.strategy import Strategy, derive, resolve
 from maodun.arena.surrogates import PREFIX, Surrogate, found_name, load_surrogates, white_box
 from maodun.arena.surrogates import oracle as surrogate_oracle
 from maodun.attacks.artifacts import TrainedAttack
@@ -122,12 +125,29 @@ def prepare(
         for spec in recipe.shields
     }
     stand_ins = load_surrogates(recipe, data, shields, place, surrogates)
+    plan, shields = choose_gradients(plan, shields)
     arena = Arena(plan, data, shields, Store(out), place, stand_ins)
     refuse_blind(arena)
     refuse_rounding(arena)
     arena.store.open_for(manifest(arena, command), IDENTITY, expected_bytes(arena))
     keep_answers(arena)
     return arena
+
+
+def choose_gradients(plan: Plan, shields: dict[str, Shield]) -> tuple[Plan, dict[str, Shield]]:
+    """Return the plan with the estimators it was left to choose (gradient auto), and the shields, told why."""
+    shields, cells = dict(shields), []
+    for cell in plan.cells:
+        if cell.spec.gradient == "auto" and cell.spec.surrogate:
+            cell = resolve(cell, Strategy("exact", cell.spec.eot, ""))
+        elif cell.spec.gradient == "auto":
+            shield = shields[cell.shield]
+            strategy = derive(shield.model, cell.spec.eot)
+            cell = resolve(cell, strategy)
+            if cell.attack.access == "gradient":
+                shields[cell.shield] = replace(shield, about={**shield.about, "gradient": strategy.why})
+        cells.append(cell)
+    return replace(plan, cells=tuple(cells)), shields
 
 
 def refuse_blind(arena: Arena) -> None:
@@ -178,38 +198,13 @@ def usable_device(name: str) -> torch.device:
 
 
 def _shield(spec: ShieldSpec, data: Dataset, device: torch.device, given: nn.Module | None) -> Shield:
-    about = {"model": spec.model, "defense": spec.defense}
     model, digest = shield_model(spec, device, given)
-    if spec.weights is not None:
-        about["weights"] = spec.weights
-    about["sha256"] = digest
-    defended = spec.defense != "none"
+    defended = bool(spec.parts or spec.members)
     if defended:
-        about.update({key: str(value) for key, value in spec.options.items()})
+        refuse_unfit(spec.label, model, data.x[:2].to(device), data.ids[:2].to(device))
     stochastic = _stochastic(model, data, device)
-    about["stochastic"] = "yes" if stochastic else "no"
+    about = {**about_shield(spec), "sha256": digest, "stochastic": "yes" if stochastic else "no"}
     return Shield(spec.label, model, digest, defended, stochastic, about)
-
-
-def shield_model(spec: ShieldSpec, device: torch.device, given: nn.Module | None = None) -> tuple[nn.Module, str]:
-    """Return the defended model of a shield on `device`, and the digest of the classifier's weights.
-
-    `given` is the classifier instead of the one that is specified. InputError for a model or defence that cannot be.
-    """
-    if given is None:
-        from maodun.zoo import load_model
-
-        loaded = load_model(spec.model, weights=spec.weights, options=spec.model_options or None)
-        model, digest = loaded.model.to(device), loaded.sha256
-    else:
-        from maodun.zoo.checkpoints import state_sha256
-
-        model, digest = given, state_sha256(given)
-    if spec.defense != "none":
-        from maodun.defenses import Defended, build_defense
-
-        model = Defended(build_defense(spec.defense, **spec.options), model).to(device).eval()
-    return model, digest
 
 
 def _stochastic(model: nn.Module, data: Dataset, device: torch.device) -> bool:

@@ -120,11 +120,16 @@ def finding_line(finding: Finding) -> Text:
     return line.append(f"{where}: {finding.sentence} {finding.action}".rstrip(), style="default")
 
 
+def gradient_line(shield: str, why: str) -> Text:
+    """Return the plan's reason for the gradient it chose against a shield."""
+    return Text("gradient: ", style="cyan").append(f"{shield}: {why}", style="default")
+
+
 def summary_view(summary: RunSummary, *, findings: bool = True, matrix: bool = False) -> Group:
     """Return everything a terminal shows about a run, ready for `Console.print`.
 
-    Cells (as a matrix per threat when `matrix`), worst cases, and, when `findings`, those that ask for
-    something, alarms first, with a count of the checks that passed.
+    Cells (as a matrix per threat when `matrix`), worst cases, why the plan chose its gradients, and, when `findings`,
+    those that ask for something, alarms first, with a count of the checks that passed.
     """
     parts: list[RenderableType] = []
     if summary.cells:
@@ -132,6 +137,7 @@ def summary_view(summary: RunSummary, *, findings: bool = True, matrix: bool = F
     parts += transfer_tables(summary)
     if summary.worst:
         parts.append(worst_table(summary))
+    parts += [gradient_line(name, about["gradient"]) for name, about in summary.shields.items() if "gradient" in about]
     if findings and summary.findings:
         wanted = [finding for finding in by_urgency(summary.findings) if finding.level != "ok"]
         parts += [finding_line(finding) for finding in wanted]
