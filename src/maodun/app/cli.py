@@ -76,12 +76,14 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A training recipe in YAML.", show_default=False)],
     out: Annotated[str, typer.Option(help="The folder of weights, card and checkpoint.")] = "runs/train",
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Continue after the last whole epoch.")] = True,
+    seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.", show_default=False)] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log the epochs for TensorBoard.")] = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Train a model from a recipe, and measure it into a card; the same line again resumes."""
     from maodun.app import training
 
-    training.train(recipe, out, resume=resume, quiet=quiet)
+    training.train(recipe, out, resume=resume, quiet=quiet, seed=seed, tensorboard=tensorboard)
 
 
 @app.command()

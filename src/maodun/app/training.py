@@ -6,23 +6,28 @@ import time
 
 from maodun.app.consoles import console
 from maodun.app.endings import Interrupted
+from maodun.core.errors import InputError
 
 _TELL_EVERY = 30.0
 
 
-def train(recipe: str, out: str, *, resume: bool, quiet: bool) -> None:
+def train(
+    recipe: str, out: str, *, resume: bool, quiet: bool, seed: int | None = None, tensorboard: bool = False
+) -> None:
     """Train `recipe` into the folder `out`, a line per epoch on standard error, then what was measured.
 
     A recipe that names an attack at its top level trains that; any other trains a model and writes its card.
     """
     from maodun.arena import train as room
-    from maodun.arena.train_recipe import trains_attack
+    from maodun.arena.train_recipe import load_train_recipe, trains_attack
 
     watch = console(error=True)
+    names: dict[str, str] = {}
 
     def epoch(line: dict[str, float | str]) -> None:
         if not quiet:
-            numbers = (f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in line.items())
+            named = ((names.get(key, key), value) for key, value in line.items())
+            numbers = (f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in named)
             watch.print("  ".join(numbers))
 
     last = time.monotonic()
@@ -35,12 +40,18 @@ def train(recipe: str, out: str, *, resume: bool, quiet: bool) -> None:
 
     try:
         if trains_attack(recipe):
+            if seed is not None or tensorboard:
+                raise InputError("--seed and --tensorboard", "are for recipes that train a model", "leave them out")
             from maodun.arena.train_universal import train_attack
 
             trained = train_attack(recipe, out, on_epoch=epoch, on_step=step, resume=resume)
             where, measured = f"{trained.file}  (use it as --attack file:{trained.file})", trained.measured
         else:
-            made = room.train(recipe, out, on_epoch=epoch, resume=resume)
+            described = load_train_recipe(recipe)
+            names["score"] = "robust validation accuracy" if described.select else "validation accuracy"
+            made = room.train(
+                recipe, out, on_epoch=epoch, on_step=step, resume=resume, seed=seed, tensorboard=tensorboard
+            )
             where, measured = f"{made.weights}  (card: {made.card_file})", made.card.measured
     except KeyboardInterrupt:
         raise Interrupted(f"what was done is kept in {out}, the same command line resumes") from None

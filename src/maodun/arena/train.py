@@ -15,11 +15,13 @@ import yaml
 from torch import Tensor, nn
 
 from maodun.arena.objectives import InnerAttack, build_objective
+from maodun.arena.train_log import event_log, event_writer
 from maodun.arena.train_recipe import TrainRecipe, load_train_recipe
 from maodun.attacks.registry import build_attack
 from maodun.core.engine import Attack
 from maodun.core.errors import InputError
 from maodun.core.files import weights_of, write_whole
+from maodun.core.modes import evaluation_mode
 from maodun.core.oracle import Oracle
 from maodun.core.threat import Threat
 from maodun.core.verdict import Interval, interval, judge
@@ -34,10 +36,11 @@ from maodun.defenses.training import (
     soft_labels,
     split_holdout,
 )
+from maodun.defenses.training.augment import CutMix
 from maodun.zoo.architectures import build_architecture
 from maodun.zoo.cards import Measured, ModelCard, file_sha256
 from maodun.zoo.checkpoints import apply_weights, read_weights
-from maodun.zoo.data import load_data
+from maodun.zoo.data import Dataset, load_data
 
 Line = dict[str, float | str]
 
@@ -58,19 +61,29 @@ def train(
     out: str | Path = "runs/train",
     *,
     on_epoch: Callable[[Line], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
     resume: bool = True,
+    seed: int | None = None,
+    tensorboard: bool = False,
 ) -> TrainResult:
     """Train what a recipe describes and write NAME.safetensors and its card NAME.yaml into the folder `out`.
 
-    A checkpoint per epoch lies beside them until the end; with `resume` a second call continues from it.
-    `on_epoch` gets {phase, epoch, loss, score, seconds} after every epoch. Errors: InputError for a recipe, a folder
-    or data that cannot be used.
+    A checkpoint per epoch lies beside them until the end; with `resume` a second call continues from it. `seed`
+    replaces the recipe's; `tensorboard` also logs the epochs to the folder NAME.PHASE.events.
+    `on_epoch` gets {phase, epoch, loss, score, seconds} after every epoch, where score is what the epoch is chosen by;
+    `on_step` the batches done and of all. Errors: InputError for a recipe, a folder or data that cannot be used.
     """
     described = recipe if isinstance(recipe, TrainRecipe) else load_train_recipe(recipe)
+    if seed is not None:
+        described = described.model_copy(update={"seed": seed})
     folder = usable_folder(out)
+    if tensorboard:
+        event_writer()
     data = load_data(described.data.spec, split=described.data.split, limit=described.data.limit)
+    refuse_other_classes(build_architecture(described.architecture, described.options), data, described.architecture)
     kept, held = split_holdout(data.y, described.data.validation, described.seed)
-    run = _Run(described, folder, data.x[kept], data.y[kept], data.x[held], data.y[held], on_epoch, resume)
+    sides = (data.x[kept], data.y[kept], data.x[held], data.y[held])
+    run = _Run(described, folder, *sides, on_epoch, on_step, resume, tensorboard)
     model, report = run.all_phases()
     weights = folder / f"{described.name}.safetensors"
     save_weights(model, weights, torch.float16 if described.weights == "float16" else torch.float32)
@@ -107,7 +120,9 @@ class _Run:
     x_held: Tensor
     y_held: Tensor
     on_epoch: Callable[[Line], None] | None
+    on_step: Callable[[int, int], None] | None
     resume: bool
+    tensorboard: bool = False
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -133,24 +148,32 @@ class _Run:
         if not self.resume:
             checkpoint.unlink(missing_ok=True)
         model = build_architecture(recipe.architecture, recipe.options, seed=seed)
-        augment = ShiftFlip(recipe.augment.shift, recipe.augment.flip)
-        report = fit(
-            model,
-            self.x,
-            self.y,
-            objective,
-            FitSettings(**recipe.fit.model_dump()),
-            validate=partial(held_out_score, x=self.x_held, y=self.y_held, inner=recipe.select, seed=seed),
-            augment=augment if recipe.augment.shift or recipe.augment.flip else NoAugmentation(),
-            seed=seed,
-            checkpoint=checkpoint,
-            label=recipe.model_dump_json(exclude={"card", "measure", "weights"}),
-            on_epoch=partial(self._tell, name),
-        )
+        with event_log(self.folder / f"{recipe.name}.{name}.events", wanted=self.tensorboard) as log:
+            report = fit(
+                model,
+                self.x,
+                self.y,
+                objective,
+                FitSettings(**recipe.fit.model_dump()),
+                validate=partial(held_out_score, x=self.x_held, y=self.y_held, inner=recipe.select, seed=seed),
+                augment=self.augmentation(model),
+                seed=seed,
+                checkpoint=checkpoint,
+                label=recipe.model_dump_json(exclude={"card", "measure", "weights"}),
+                on_epoch=partial(self._tell, name, log),
+                on_step=self.on_step,
+            )
         return model, report
 
-    def _tell(self, phase: str, line: dict[str, float]) -> None:
+    def augmentation(self, model: nn.Module) -> NoAugmentation | ShiftFlip | CutMix:
+        """Return how the recipe changes training pictures."""
+        asked = self.recipe.augment
+        pictures = ShiftFlip(asked.shift, asked.flip) if asked.shift or asked.flip else NoAugmentation()
+        return CutMix(class_count(model, self.x), asked.cutmix, pictures) if asked.cutmix else pictures
+
+    def _tell(self, phase: str, log: Callable[[dict[str, float]], None], line: dict[str, float]) -> None:
         self._log(phase, line)
+        log(line)
         if self.on_epoch is not None:
             self.on_epoch({"phase": phase, **line})
 
@@ -163,6 +186,20 @@ class _Run:
             if first:
                 writer.writeheader()
             writer.writerow(line)
+
+
+def class_count(model: nn.Module, x: Tensor) -> int:
+    """Return how many classes a model answers for inputs like `x`."""
+    with evaluation_mode(model), torch.no_grad():
+        return int(model(x[:1].to(next(model.parameters()).device)).shape[1])
+
+
+def refuse_other_classes(model: nn.Module, data: Dataset, name: str) -> None:
+    """Raise InputError when a model answers another number of classes than the data have."""
+    classes, needed = class_count(model, data.x), max(len(data.classes), int(data.y.max()) + 1)
+    if classes != needed:
+        reason = f"answers {classes} classes, the data have {needed}"
+        raise InputError(f"model '{name}'", reason, f"give it {needed} classes, or other data")
 
 
 def _spear(inner: InnerAttack) -> tuple[Attack[Any], Threat]:

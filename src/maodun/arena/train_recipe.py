@@ -26,10 +26,11 @@ class TrainData(_Part):
 
 
 class AugmentSpec(_Part):
-    """Random shifts by up to `shift` pixels, and mirror images when `flip`."""
+    """Random shifts by up to `shift` pixels, mirror images when `flip`, and CutMix with probability `cutmix`."""
 
     shift: int = Field(default=0, ge=0)
     flip: bool = False
+    cutmix: float = Field(default=0.0, ge=0, le=1)
 
 
 class FitSpec(_Part):
@@ -50,6 +51,8 @@ class FitSpec(_Part):
     guard: float = Field(default=0.0, ge=0, lt=1)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     channels_last: bool = False
+    swa: float = Field(default=0.0, ge=0, lt=1)
+    compile: str | None = None
 
 
 class CardSpec(_Part):
@@ -152,7 +155,10 @@ def _line(node: yaml.Node | None, place: tuple[str | int, ...]) -> int:
 def _known(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
     """Return the keys allowed at `place` of a recipe."""
     for part in place:
-        annotation = model.model_fields[str(part)].annotation
+        if isinstance(part, int):
+            # One of a list: its kind is the list's.
+            continue
+        annotation = model.model_fields[part].annotation
         choices = [annotation, *getattr(annotation, "__args__", ())]
         model = next((each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)), model)
     return list(model.model_fields)

@@ -17,14 +17,16 @@ class Adversarial:
 
     `attack` is any callable from (model, batch) to inputs like `batch.x`. Crafting happens in evaluation mode, so batch
     norm neither mixes the samples of a batch nor learns from half-made inputs, and no parameter gets a gradient from
-    it. A subclass says whether it `needs_clean` logits and what it makes `of_logits`; clean and adversarial inputs pass
-    through the model in train mode one after the other, as in the published codes.
+    it. A subclass says whether it `needs_clean` logits, whether it `mixes` (takes shares of labels in place of labels)
+    and what it makes `of_logits`; clean and adversarial inputs pass through the model in train mode one after the
+    other, as in the published codes.
     Evaluation-mode crafting: Pang et al., "Bag of tricks for adversarial training", ICLR 2021.
     """
 
     attack: Crafter
 
     needs_clean: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss of the batch, a scalar with a graph to the model's parameters."""
@@ -40,10 +42,10 @@ class Adversarial:
         """Return the mean loss given the adversarial inputs `x_adv`."""
         clean = model(batch.x) if self.needs_clean else None
         adv = model(x_adv)
-        return self.of_logits(adv if clean is None else clean, adv, batch.y)
+        return self.of_logits(adv if clean is None else clean, adv, batch.target)
 
     def of_logits(self, clean: Tensor, adv: Tensor, y: Tensor) -> Tensor:
-        """Return the mean loss of clean logits (N x C), adversarial logits and labels (N,).
+        """Return the mean loss of clean and adversarial logits (N x C) and labels (N,), or N x C shares if it `mixes`.
 
         Where `needs_clean` is false the clean logits were never computed, and what stands in their place is not read.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class AWP:
     gamma: float = 0.005
     warmup: int = 0
 
+    reaches_inside: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not self.gamma >= 0:
             raise InputError(f"gamma {self.gamma}", "is a share of the weights' norm", "give a number >= 0")
@@ -52,6 +54,11 @@ class AWP:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss at the moved weights, with a graph to the true ones."""
         return self.loss(model, batch, self.craft(model, batch))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the base takes shares of labels."""
+        return bool(getattr(self.base, "mixes", False))
 
     def craft(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the base's adversarial inputs, crafted at the true weights."""

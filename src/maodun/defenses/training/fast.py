@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ class Free:
     threat: Threat
     replays: int = 4
     smoothing: float = 0.0
+    mixes: ClassVar[bool] = True
     _offset: Tensor | None = field(default=None, init=False, repr=False)
     _point: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -70,7 +72,7 @@ class Free:
         if batch.step % self.replays == 0 or self._offset is None:
             self._offset = torch.zeros_like(batch.x)
         self._point = (batch.x + self._offset).detach().requires_grad_(True)
-        return F.cross_entropy(model(self._point), batch.y, label_smoothing=self.smoothing)
+        return F.cross_entropy(model(self._point), batch.target, label_smoothing=self.smoothing)
 
     def after_backward(self, batch: Batch) -> None:
         """Move the inputs by the gradient that the backward pass has left at them."""

@@ -7,7 +7,8 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core.errors import InputError
-from maodun.defenses.training.augment import NoAugmentation, ShiftFlip
+from maodun.defenses.training.augment import CutMix, NoAugmentation, ShiftFlip
 from maodun.defenses.training.memory import Memory
-from maodun.defenses.training.objective import Batch, Objective, Replaying
+from maodun.defenses.training.norms import refresh_norms
+from maodun.defenses.training.objective import Batch, Objective, Replaying, takes_mixed
 from maodun.defenses.training.settings import FitSettings, Precision, optimiser_of, set_rate
 
 
@@ -53,11 +55,12 @@ def fit(
     settings: FitSettings,
     *,
     validate: Callable[[nn.Module], float],
-    augment: NoAugmentation | ShiftFlip | None = None,
+    augment: NoAugmentation | ShiftFlip | CutMix | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     label: str = "",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> FitReport:
     """Train `model` in place on x (N x ... in [0, 1]) and y (N,), and leave the best epoch's weights in it.
 
@@ -67,31 +70,41 @@ def fit(
     augmentation and inner attacks are functions of `seed` and the epoch, so a continued run equals an undisturbed
     one. Started by torchrun, every process takes its share of each batch and gradients are averaged: the same steps
     up to rounding, except that batch norm, and objectives with a memory, see the shares; the first process validates
-    and writes. A GPU is used where there is one. Returns a FitReport. Errors: InputError when lightning-fabric is
-    missing, the loss is not finite, or the checkpoint is of other settings.
+    and writes. A GPU is used where there is one. `on_epoch` gets each epoch's line, `on_step` how many batches are done
+    and how many there are. Returns a FitReport. Errors: InputError when lightning-fabric is missing, the loss is not
+    finite, the checkpoint is of other settings, or the objective cannot do what `settings` or `augment` ask.
     """
-    if isinstance(objective, Replaying) and settings.accumulate > 1:
-        raise InputError("accumulate", "an objective that replays its batch keeps it whole", "leave accumulate at 1")
+    _refuse(objective, settings, augment)
     fabric = _fabric(settings.precision)
     home = next(model.parameters()).device
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if settings.compile is not None:
+        # In place: the names of the weights stay, and inner attacks call the compiled model too.
+        model.compile(backend=settings.compile)
     wrapped, optimiser = fabric.setup(model, optimiser_of(model, settings))
     memory = Memory(model, optimiser, settings, f"seed {seed} {label}", objective)
     if checkpoint is not None and checkpoint.exists():
         memory.load(checkpoint)
     stepper = _Stepper(fabric, wrapped, model, optimiser, objective, settings, memory)
-    per_epoch = math.ceil(x.shape[0] / settings.batch_size)
+    samples = min(settings.samples or x.shape[0], x.shape[0])
+    per_epoch = math.ceil(samples / settings.batch_size)
     for epoch in range(memory.epoch, settings.epochs):
         began, total = time.perf_counter(), 0.0
         model.train()
-        order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed * 100_003 + epoch))[:samples]
         for number, rows in enumerate(torch.split(order, settings.batch_size)):
             place = epoch * per_epoch + number
             set_rate(optimiser, settings.rate_at(place / (settings.epochs * per_epoch)) * 0.5**memory.setbacks)
             total += stepper.batch(x, y, rows, place, epoch, augment or NoAugmentation(), seed) * rows.numel()
-        line = {"epoch": float(epoch), "loss": total / x.shape[0]}
-        line |= {"score": memory.score(lambda net: fabric.broadcast(validate(net) if fabric.is_global_zero else 0.0))}
+            if on_step is not None and fabric.is_global_zero:
+                on_step(place + 1, settings.epochs * per_epoch)
+        line = {"epoch": float(epoch), "loss": total / samples}
+        memory.gather(epoch)
+        line["score"] = memory.score(
+            lambda net: fabric.broadcast(validate(net) if fabric.is_global_zero else 0.0),
+            partial(refresh_norms, x=x, batch_size=settings.batch_size),
+        )
         if settings.guard:
             line["setbacks"] = float(memory.setbacks)
         line["seconds"] = time.perf_counter() - began
@@ -107,6 +120,18 @@ def fit(
     return FitReport(tuple(memory.history), memory.best_epoch, memory.best_score)
 
 
+def _refuse(objective: Objective, settings: FitSettings, augment: NoAugmentation | ShiftFlip | CutMix | None) -> None:
+    """Refuse, before any work, settings that the objective cannot follow."""
+    if isinstance(objective, Replaying) and settings.accumulate > 1:
+        raise InputError("accumulate", "an objective that replays its batch keeps it whole", "leave accumulate at 1")
+    if isinstance(augment, CutMix) and not takes_mixed(objective):
+        name = type(objective).__name__
+        raise InputError("cutmix", f"it mixes labels, and {name} asks whether one is answered rightly", "leave it out")
+    if settings.compile is not None and getattr(objective, "reaches_inside", False):
+        name = type(objective).__name__
+        raise InputError("compile", f"{name} reaches into the model, which a compiled one hides", "leave compile out")
+
+
 @dataclass(frozen=True)
 class _Stepper:
     """One optimiser step after another: a batch shared out over processes and parts, replays, clipping, averaging."""
@@ -120,20 +145,32 @@ class _Stepper:
     memory: Memory
 
     def batch(
-        self, x: Tensor, y: Tensor, rows: Tensor, place: int, epoch: int, augment: NoAugmentation | ShiftFlip, seed: int
+        self,
+        x: Tensor,
+        y: Tensor,
+        rows: Tensor,
+        place: int,
+        epoch: int,
+        augment: NoAugmentation | ShiftFlip | CutMix,
+        seed: int,
     ) -> float:
         """Take the steps of one batch, the `place`-th of the run, and return its (last) mean loss."""
         fabric, replays = self.fabric, self.objective.replays if isinstance(self.objective, Replaying) else 1
         mine = rows[fabric.global_rank :: fabric.world_size]
         parts = []
         for part in torch.split(mine, max(1, math.ceil(mine.numel() / self.settings.accumulate))):
-            inputs = augment(x[part], part, epoch, seed)
+            if isinstance(augment, CutMix):
+                inputs, mixed = augment.mix(x, y, part, epoch, seed)
+                labels, shares = mixed.argmax(1), mixed.to(fabric.device)
+            else:
+                inputs, labels, shares = augment(x[part], part, epoch, seed), y[part], None
             # A mean over processes of sums over parts of weighted means is the mean over the batch.
             share = part.numel() * fabric.world_size / rows.numel()
-            parts.append((*(each.to(fabric.device) for each in (inputs, y[part], part)), share))
+            inputs, labels, ids = (each.to(fabric.device) for each in (inputs, labels, part))
+            parts.append((Batch(inputs, labels, ids, place * replays, shares), share))
         value = 0.0
         for replay in range(replays):
-            value = self._step(parts, place * replays + replay)
+            value = self._step(parts, replay)
             if not math.isfinite(value):
                 # Before the step, so that the weights of the last good one are still whole.
                 where = f"epoch {epoch}, step {place * replays + replay}"
@@ -144,12 +181,12 @@ class _Stepper:
             self.memory.follow(self.model)
         return value
 
-    def _step(self, parts: list[tuple[Tensor, Tensor, Tensor, float]], step: int) -> float:
+    def _step(self, parts: list[tuple[Batch, float]], replay: int) -> float:
         """Add up the gradients of all parts and return the mean loss over parts and processes."""
         self.optimiser.zero_grad()
         value = torch.zeros((), device=self.fabric.device)
-        for number, (inputs, labels, rows, share) in enumerate(parts):
-            batch = Batch(inputs, labels, rows, step)
+        for number, (first, share) in enumerate(parts):
+            batch = replace(first, step=first.step + replay)
             with self.fabric.no_backward_sync(self.wrapped, enabled=number + 1 < len(parts)):
                 loss = self.objective(self.wrapped, batch)
                 self.fabric.backward(loss * share if share != 1.0 else loss)

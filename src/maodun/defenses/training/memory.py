@@ -24,12 +24,15 @@ class Memory:
         self, model: nn.Module, optimiser: Any, settings: FitSettings, identity: str, objective: Objective
     ) -> None:
         self.model, self.optimiser, self.decay, self.guard = model, optimiser, settings.average, settings.guard
+        self.first = settings.first_averaged
         self.learning = objective if isinstance(objective, Learning) else None
-        self.signature = f"{sorted(asdict(settings).items())!r} {identity}"
+        # Only what was chosen: a new setting leaves the checkpoints of those who do not use it good.
+        chosen = sorted(item for item in asdict(settings).items() if item not in asdict(FitSettings()).items())
+        self.signature = f"{chosen!r} {identity}"
         self.mean = _copy(model)
         self.best, self.best_epoch, self.best_score = _copy(model), -1, -math.inf
         self.history: list[dict[str, float]] = []
-        self.steps = self.setbacks = 0
+        self.steps = self.setbacks = self.gathered = 0
 
     @property
     def epoch(self) -> int:
@@ -49,11 +52,25 @@ class Memory:
                 else:
                     self.mean[name].copy_(value)
 
-    def score(self, validate: Callable[[nn.Module], float]) -> float:
-        """Return the validation score of the weights that would be kept."""
+    def gather(self, epoch: int) -> None:
+        """Fold the weights that `epoch` has ended with into the plain mean, where one is kept (swa)."""
+        if self.first is None or epoch < self.first:
+            return
+        self.gathered += 1
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                if value.is_floating_point():
+                    self.mean[name].lerp_(value, 1 / self.gathered)
+                else:
+                    self.mean[name].copy_(value)
+
+    def score(self, validate: Callable[[nn.Module], float], refresh: Callable[[nn.Module], None]) -> float:
+        """Return the validation score of the weights that would be kept; `refresh` takes a mean's norms anew."""
         own = _copy(self.model)
-        if self.decay:
+        if self.decay or self.gathered:
             self.model.load_state_dict(self.mean)
+        if self.gathered:
+            refresh(self.model)
         self.model.eval()
         value = validate(self.model)
         if value >= self.best_score:
@@ -67,6 +84,7 @@ class Memory:
         """Go back to the best weights after a collapse: momentum is forgotten, and the rate will be halved."""
         self.model.load_state_dict(self.best)
         self.mean = {name: tensor.clone() for name, tensor in self.best.items()}
+        self.gathered = min(self.gathered, 1)
         self.optimiser.state.clear()
         self.setbacks += 1
 
@@ -87,6 +105,7 @@ class Memory:
             "history": self.history,
             "steps": self.steps,
             "setbacks": self.setbacks,
+            "gathered": self.gathered,
             "learnt": {} if self.learning is None else self.learning.state(),
         }
         save_whole(path, content)
@@ -103,6 +122,7 @@ class Memory:
         self.mean, self.best = content["mean"], content["best"]
         self.best_epoch, self.best_score = content["best_epoch"], content["best_score"]
         self.history, self.steps, self.setbacks = content["history"], content["steps"], content["setbacks"]
+        self.gathered = content["gathered"]
         if self.learning is not None:
             self.learning.restore(content["learnt"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,13 +13,20 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Batch:
     """One step's samples: `x` N x ... in [0, 1] (augmented), `y` int64 (N,), `rows` int64 (N,) their positions in the
-    training set, `step` the number of the optimiser step.
+    training set, `step` the number of the optimiser step. `mixed` (N x K) are the label shares of mixed pictures, each
+    row summing to one; `y` is then the label of the largest share, which the inner attack climbs away from.
     """
 
     x: Tensor
     y: Tensor
     rows: Tensor
     step: int
+    mixed: Tensor | None = None
+
+    @property
+    def target(self) -> Tensor:
+        """What a loss that takes shares of labels should aim at: `mixed` where there is one, else `y`."""
+        return self.y if self.mixed is None else self.mixed
 
 
 Crafter = Callable[[nn.Module, Batch], Tensor]
@@ -61,9 +68,16 @@ class Standard:
 
     smoothing: float = 0.0
 
+    mixes: ClassVar[bool] = True
+
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the batch."""
-        return F.cross_entropy(model(batch.x), batch.y, label_smoothing=self.smoothing)
+        return F.cross_entropy(model(batch.x), batch.target, label_smoothing=self.smoothing)
+
+
+def takes_mixed(objective: Objective) -> bool:
+    """Tell whether the objective knows what to do with a batch whose pictures, and labels, are mixed."""
+    return bool(getattr(objective, "mixes", False))
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ class AdversarialTraining(Adversarial):
     smoothing: float = 0.0
 
     needs_clean: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
 
     def of_logits(self, clean: Tensor, adv: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
         """Return the mean cross-entropy at the adversarial inputs."""
@@ -40,6 +41,8 @@ class MixedTraining(Adversarial):
 
     alpha: float = 0.5
     smoothing: float = 0.0
+
+    mixes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,8 +23,10 @@ class SCORE(Adversarial):
 
     beta: float = 3.0
 
+    mixes: ClassVar[bool] = True
+
     def of_logits(self, clean: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         """Return both mean squared gaps."""
-        truth = F.one_hot(y, clean.shape[1]).to(clean)
+        truth = (F.one_hot(y, clean.shape[1]) if y.ndim == 1 else y).to(clean)
         error = (clean.softmax(1) - truth).square().sum(1)
         return error.mean() + self.beta * square_gap(adv, clean).mean()

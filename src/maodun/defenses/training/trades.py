@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,8 @@ class TRADES(Adversarial):
 
     beta: float = 6.0
     smoothing: float = 0.0
+
+    mixes: ClassVar[bool] = True
 
     def of_logits(self, clean: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         """Return the clean cross-entropy and the weighted divergence."""

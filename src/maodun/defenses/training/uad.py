@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,8 @@ class UAD:
     momentum: float = 0.99
     seed: int = 0
     memory: ClassStatistics = field(default_factory=ClassStatistics, repr=False, compare=False)
+
+    reaches_inside: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.resampling <= 1:
