@@ -9,7 +9,7 @@ own per-sample tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,7 +28,10 @@ class Port(Protocol):
     """What an estimator may do with the model for one micro-batch."""
 
     model: nn.Module
-    batch_size: int
+
+    @property
+    def batch_size(self) -> int:
+        """Return how many rows may pass through the model at once."""
 
     def forward(self, x: Tensor, index: Tensor, draws: int = 1) -> Tensor:
         """Return float32 logits of `x` for rows `index`; counts one forward per row (rows repeat `draws` times)."""
@@ -72,7 +75,8 @@ def _autograd(values: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def _value_and_grads(port: Port, x: Tensor, index: Tensor, heads: Heads, draws: int, members: bool = False) -> Estimate:
-    with torch.enable_grad(), _answers(port.model) if members else nullcontext([]) as answers:
+    collected: AbstractContextManager[list[Tensor]] = _answers(port.model) if members else nullcontext([])
+    with torch.enable_grad(), collected as answers:
         x = x.detach().requires_grad_(True)
         logits = port.forward(x, index, draws)
         values = torch.stack([heads(each.float(), index) for each in answers or [logits]]).mean(0)
@@ -114,6 +118,11 @@ class Exact:
     needs: str = field(default="gradient", init=False)
     draws: int = field(default=1, init=False)
 
+    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return what has to surround a call of `model`: nothing."""
+        del model
+        return nullcontext()
+
     def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
         """Return logits, values and exact gradients."""
         return _value_and_grads(port, x, index, heads, 1, self.members)
@@ -135,9 +144,13 @@ class BPDA:
     needs: str = field(default="gradient", init=False)
     draws: int = field(default=1, init=False)
 
+    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return what has to surround a call of `model`: the partners in their places."""
+        return straight_through(model, self.partners or {}, self.every)
+
     def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
         """Return logits, values and gradients through the partners."""
-        with straight_through(port.model, self.partners or {}, self.every):
+        with self.around(port.model):
             return _value_and_grads(port, x, index, heads, 1, self.members)
 
 
@@ -167,32 +180,82 @@ def straight_through(
 
 
 @dataclass(frozen=True)
+class Surrogate:
+    """The gradient of a cheaper process: every module that offers one runs it, and is differentiated exactly.
+
+    A module offers it as a context manager `surrogate_process(steps)`; modules without stand as they are. `steps` 0
+    leaves the number to the module. The logits are the cheaper process's as well, so what the search finds is confirmed
+    on the model itself (Lee and Kim, ICCV 2023).
+    """
+
+    steps: int = 0
+    members: bool = False
+    needs: str = field(default="gradient", init=False)
+    draws: int = field(default=1, init=False)
+
+    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return what has to surround a call of `model`: the cheaper processes."""
+        return _processes(model, "surrogate_process", self.steps)
+
+    def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
+        """Return logits, values and gradients of the cheaper process."""
+        with self.around(port.model):
+            return _value_and_grads(port, x, index, heads, 1, self.members)
+
+
+@dataclass(frozen=True)
+class Adjoint(Surrogate):
+    """The continuous adjoint of every module that has one (a context manager `adjoint_process(steps)`).
+
+    It solves an equation backwards instead of differentiating what was computed, so on coarse grids it is wrong: kept
+    to reproduce how purification used to be evaluated, not to be relied on.
+    """
+
+    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return what has to surround a call of `model`: the adjoint processes."""
+        return _processes(model, "adjoint_process", self.steps)
+
+
+@contextmanager
+def _processes(model: nn.Module, name: str, steps: int) -> Iterator[None]:
+    """Let every module that offers the process `name` run it for as long as the context lasts."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            offer = getattr(module, name, None)
+            if offer is not None:
+                stack.enter_context(offer(steps))
+        yield
+
+
+@dataclass(frozen=True)
 class EOT:
     """Expectation over transformation: the mean gradient of the loss over `draws` draws (Athalye et al., ICML 2018).
 
     The mean is of losses and gradients, not the loss of mean logits; the logits returned are the mean. `inner` is
-    Exact() or BPDA(). All draws of a micro-batch pass through the model at once.
+    Exact(), BPDA(), Surrogate() or Adjoint(). As many draws pass through the model at once as fit a micro-batch.
     """
 
-    inner: Exact | BPDA = field(default_factory=Exact)
+    inner: Exact | BPDA | Surrogate = field(default_factory=Exact)
     draws: int = 20
     needs: str = field(default="gradient", init=False)
 
     def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
         """Return mean logits, mean values and mean gradients over the draws."""
-        rows, draws = x.shape[0], self.draws
-        wide = index.repeat_interleave(draws)
-        with ExitStack() as stack:
-            if isinstance(self.inner, BPDA):
-                stack.enter_context(straight_through(port.model, self.inner.partners or {}, self.inner.every))
-            logits, values, grads = _value_and_grads(
-                port, x.repeat_interleave(draws, 0), wide, heads, draws, self.inner.members
-            )
-        return (
-            logits.reshape(rows, draws, -1).mean(1),
-            values.reshape(rows, draws, -1).mean(1),
-            [grad.reshape(rows, draws, *x.shape[1:]).mean(1) for grad in grads],
-        )
+        rows, done, sums = x.shape[0], 0, None
+        with self.inner.around(port.model):
+            while done < self.draws:
+                ahead = min(self.draws - done, max(1, port.batch_size // rows))
+                wide = index.repeat_interleave(ahead)
+                logits, values, grads = _value_and_grads(
+                    port, x.repeat_interleave(ahead, 0), wide, heads, ahead, self.inner.members
+                )
+                found = [each.reshape(rows, ahead, *each.shape[1:]).sum(1) for each in (logits, values, *grads)]
+                sums = found if sums is None else [old + new for old, new in zip(sums, found, strict=True)]
+                done += ahead
+        if sums is None:
+            raise InputError(f"eot {self.draws}", "there has to be at least one draw", "use 20")
+        logits, values, *grads = [each / self.draws for each in sums]
+        return logits, values, grads
 
 
 @dataclass(frozen=True)

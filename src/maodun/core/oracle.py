@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from maodun.core import context
 from maodun.core.ensemble import price_of
 from maodun.core.errors import InputError
-from maodun.core.estimators import BPDA, EOT, NES, SPSA, Estimate, Estimator, Exact, Heads
+from maodun.core.estimators import BPDA, EOT, NES, SPSA, Adjoint, Estimate, Estimator, Exact, Heads, Surrogate
 from maodun.core.modes import conv_weights_channels_last, evaluation_mode, refuse_training_batchnorm
 from maodun.core.rejection import fold, may_reject
-from maodun.core.sizing import automatic_batch_size
+from maodun.core.sizing import automatic_batch_size, refuse_unless_smaller_fits, release
 from maodun.core.streams import Stream
 
 __all__ = [
@@ -25,14 +25,18 @@ __all__ = [
     "EOT",
     "NES",
     "SPSA",
+    "Adjoint",
     "Budget",
     "BudgetExceededError",
     "Exact",
     "Meter",
     "Oracle",
     "Session",
+    "Surrogate",
     "evaluation_mode",
 ]
+
+Answer = TypeVar("Answer")
 
 ACCESS = ("gradient", "scores", "decision")
 
@@ -62,6 +66,15 @@ class Meter:
     backwards: Tensor
     queries: Tensor
 
+    def copy(self) -> Meter:
+        """Return these counts as they stand now."""
+        return Meter(self.forwards.clone(), self.backwards.clone(), self.queries.clone())
+
+    def restore(self, counts: Meter) -> None:
+        """Set the counts back, in place, to what a copy remembers."""
+        for name in ("forwards", "backwards", "queries"):
+            getattr(self, name).copy_(getattr(counts, name))
+
     @staticmethod
     def zeros(n: int, device: torch.device) -> Meter:
         """Return a meter for `n` samples at zero."""
@@ -84,8 +97,9 @@ class Oracle:
     """A model as the adversary meets it.
 
     `model` maps [0, 1] inputs (N x ...) to logits (N x C). `access` is gradient, scores or decision. `gradient` is
-    Exact(), BPDA(), EOT(), NES() or SPSA(). `budget` bounds each sample's cost. `batch_size` is the micro-batch of one
-    model call (None: chosen from the model's activations). `precision` "bf16" searches under autocast (verdicts
+    Exact(), BPDA(), Surrogate(), Adjoint(), EOT(), NES() or SPSA(). `budget` bounds each sample's cost. `batch_size` is
+    the micro-batch of one model call (None: chosen from the model's activations; either is halved when memory runs
+    out, and InputError when not even one sample fits). `precision` "bf16" searches under autocast (verdicts
     stay in float32). `channels_last` False leaves convolution weights in their layout on a CPU. `compile` uses
     torch.compile. `stochastic` None means: declared by a module or seen in two different answers. `keep_mode` leaves
     the modules' training flags alone. `surrogate` says that the model only stands in for another: to fool it is no
@@ -181,7 +195,8 @@ class Session:
         if self.stochastic:
             number = self.meter.forwards[index]
             if draws > 1:
-                number = number + torch.arange(draws, device=index.device).repeat(index.shape[0] // draws)
+                ahead = self.price * torch.arange(draws, device=index.device)
+                number = number + ahead.repeat(index.shape[0] // draws)
         rows = index if draws == 1 else index[::draws]
         cost = draws * self.price
         if self._limited:
@@ -252,13 +267,19 @@ class Session:
         return self._score(x, rows, 1)[:, 0].argmax(1)
 
     def _score(self, x: Tensor, rows: Tensor, draws: int) -> Tensor:
-        parts = []
+        def ask(part: slice) -> Tensor:
+            some, index, answers, done = x[part], rows[part], [], 0
+            while done < draws:
+                ahead = min(draws - done, max(1, self.batch_size // some.shape[0]))
+                wide = index.repeat_interleave(ahead)
+                told = self.forward(some.repeat_interleave(ahead, 0) if ahead > 1 else some, wide, ahead, query=True)
+                answers.append(told.reshape(some.shape[0], ahead, -1))
+                done += ahead
+            return answers[0] if len(answers) == 1 else torch.cat(answers, 1)
+
         with torch.no_grad():
-            for part in self._chunks(x.shape[0], draws):
-                wide = x[part] if draws == 1 else x[part].repeat_interleave(draws, 0)
-                index = rows[part] if draws == 1 else rows[part].repeat_interleave(draws)
-                parts.append(self.forward(wide, index, draws, query=True))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(x.shape[0], draws, -1)
+            parts = self._fitting(x.shape[0], draws, ask)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def affords(self, rows: Tensor, queries: int) -> Tensor | None:
         """Return (N,) booleans: the budget of `rows` allows `queries` more; None without a limit on queries."""
@@ -280,19 +301,42 @@ class Session:
                 "use NES() or SPSA() as gradient, or a query attack",
             )
         port = _Offset(self, rows, estimator)
-        chunks = self._chunks(x.shape[0], estimator.draws)
-        if len(chunks) == 1:
-            return estimator.estimate(port, x, port.positions, heads)
-        parts = [estimator.estimate(port, x[part], port.positions[part], heads) for part in chunks]
+
+        def ask(part: slice) -> Estimate:
+            if part.stop - part.start == x.shape[0]:
+                return estimator.estimate(port, x, port.positions, heads)
+            return estimator.estimate(port, x[part], port.positions[part], heads)
+
+        parts = self._fitting(x.shape[0], estimator.draws, ask)
+        if len(parts) == 1:
+            return parts[0]
         return (
             torch.cat([part[0] for part in parts]),
             torch.cat([part[1] for part in parts]),
             [torch.cat(grads) for grads in zip(*(part[2] for part in parts), strict=True)],
         )
 
-    def _chunks(self, n: int, draws: int) -> list[slice]:
-        size = max(1, self.batch_size // draws)
-        return [slice(start, start + size) for start in range(0, n, size)]
+    def _fitting(self, n: int, draws: int, ask: Callable[[slice], Answer]) -> list[Answer]:
+        """Return what `ask` says of `n` rows, micro-batch by micro-batch; when memory runs out, with smaller ones.
+
+        What failed costs nothing and leaves the numbers of its draws to the next try.
+        """
+        parts: list[Answer] = []
+        start = 0
+        while start < n:
+            part = slice(start, min(n, start + max(1, self.batch_size // draws)))
+            counts = self.meter.copy()
+            try:
+                parts.append(ask(part))
+                start = part.stop
+                continue
+            except (RuntimeError, MemoryError) as error:
+                refuse_unless_smaller_fits(error, used := min(self.batch_size, draws * (part.stop - part.start)))
+            # Only here, where the error no longer holds on to what did not fit.
+            self.batch_size = used // 2
+            self.meter.restore(counts)
+            release(self._ones.device)
+        return parts
 
     @staticmethod
     def _afford(rows: Tensor, limit: int | None, spent: Tensor, price: int) -> None:
@@ -308,9 +352,12 @@ class _Offset:
 
     def __init__(self, session: Session, rows: Tensor, estimator: Estimator) -> None:
         self.session, self.rows, self.model = session, rows, session.model
-        self.batch_size = session.batch_size
         self.positions = torch.arange(rows.shape[0], device=rows.device)
         self.query = estimator.needs == "scores"
+
+    @property
+    def batch_size(self) -> int:
+        return self.session.batch_size
 
     def forward(self, x: Tensor, index: Tensor, draws: int = 1) -> Tensor:
         return self.session.forward(x, self._rows(index), draws, self.query)
