@@ -16,10 +16,20 @@ def train(
 ) -> None:
     """Train `recipe` into the folder `out`, a line per epoch on standard error, then what was measured.
 
-    A recipe that names an attack at its top level trains that; any other trains a model and writes its card.
+    A recipe that names an attack at its top level trains that, one that names a text is a text experiment; any other
+    trains a model and writes its card.
     """
     from maodun.arena import train as room
+    from maodun.arena.text_recipe import trains_text
     from maodun.arena.train_recipe import load_train_recipe, trains_attack
+
+    if trains_text(recipe):
+        if seed is not None or tensorboard:
+            raise InputError("--seed and --tensorboard", "are not for text recipes", "name the seeds in the recipe")
+        from maodun.app.text import train_text
+
+        train_text(recipe, out, resume=resume, quiet=quiet)
+        return
 
     watch = console(error=True)
     names: dict[str, str] = {}
