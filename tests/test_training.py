@@ -287,6 +287,47 @@ card: {summary: s, provenance: p, data: digits}
         again = train(recipe, tmp_path / "again")
         assert again.card.sha256 == result.card.sha256
 
+    def test_a_sweep_is_a_recipe_for_every_value_with_one_teacher_for_all(self, tmp_path: Path) -> None:
+        kind = "distillation, teacher: 'zoo:digits-cnn'"
+        text = self.text.replace("KIND", kind).replace("name: tiny", "name: tiny-t{temperature}")
+        swept = load_train_recipe(self.write(tmp_path, text + "sweep: {objective.temperature: [1, 50]}\n"))
+        assert [each.name for each in swept.each()] == ["tiny-t1", "tiny-t50"]
+        assert [each.objective.temperature for each in swept.each()] == [1.0, 50.0]
+        with pytest.raises(InputError, match="is a sweep of several"):
+            train(swept, tmp_path)
+        results = [train(each, tmp_path / "out", source="sweep.yaml") for each in swept.each()]
+        assert {result.card.recipe for result in results} == {"sweep.yaml"}
+        assert results[0].card.sha256 != results[1].card.sha256
+        assert sorted(path.name for path in (tmp_path / "out").glob("*.csv")) == [
+            "tiny-t1.student.csv",
+            "tiny-t50.student.csv",
+        ]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (("{temperature}", ""), "have one name; put {temperature} into it"),
+            (("objective.temperature", "objective.heat"), "'objective.heat' leads nowhere"),
+            (("objective.temperature", "fit.rate.peak"), "'fit.rate.peak' leads nowhere"),
+            (("[1, 50]", "[1, -5]"), "does not fit"),
+            (("distillation,", "standard,"), "'standard' has no teacher"),
+        ],
+    )
+    def test_a_sweep_that_cannot_be_meant_is_named(self, tmp_path: Path, change: tuple[str, str], message: str) -> None:
+        text = self.text.replace("KIND", "distillation, teacher: 'zoo:digits-cnn'")
+        text = text.replace("name: tiny", "name: tiny-t{temperature}")
+        text += "sweep: {objective.temperature: [1, 50]}\n"
+        with pytest.raises(InputError, match=message):
+            load_train_recipe(self.write(tmp_path, text.replace(*change)))
+
+    def test_a_teacher_of_other_classes_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "wide.py").write_text(
+            "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))\n"
+        )
+        kind = f"distillation, teacher: '{tmp_path}/wide.py:net'"
+        with pytest.raises(InputError, match="tells 7 classes apart, the student 10"):
+            train(self.write(tmp_path, self.text.replace("KIND", kind)), tmp_path / "out")
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -318,7 +359,7 @@ card: {summary: s, provenance: p, data: digits}
     )
     def test_shipped_recipes_are_valid(self, path: Path) -> None:
         recipe = load_train_recipe(path)
-        assert recipe.name == path.stem
+        assert recipe.name == path.stem or recipe.name.startswith(f"{path.stem}-")
         build_architecture(recipe.architecture, recipe.options)
         if recipe.objective.kind != "distillation":
             build_objective(recipe.objective, seed=0, per_epoch=1, epochs=1)

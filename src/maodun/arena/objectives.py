@@ -89,7 +89,9 @@ class ObjectiveSpec(_Part):
     standard: cross-entropy. noise: cross-entropy under Gaussian noise of option `sigma`. adversarial: cross-entropy at
     the inputs that `inner` finds; mixed, trades, mart, score, dkl and ikl: the objectives of those names. free: replays
     with the ball of `inner`, whose attack is not used. distillation: a teacher at `temperature` on hard labels, then a
-    student at the same temperature on the teacher's soft ones. `options` are the objective's own (beta, alpha, ...).
+    student at the same temperature on the teacher's soft ones. A finished model named as `teacher` takes the first
+    one's place: the net with T times its logits has the very loss at T that it has at 1, so its softmax is the soft
+    label at every T. `options` are the objective's own (beta, alpha, ...).
     `uad` or `ace` extend it, `awp` wraps the whole.
     `ramp` in [0, 1] is the share of the steps over which the inner radius grows to its full size.
     """
@@ -103,6 +105,7 @@ class ObjectiveSpec(_Part):
     ace: ACESpec | None = None
     awp: AWPSpec | None = None
     temperature: float = Field(default=1.0, gt=0)
+    teacher: str | None = None
     ramp: float = Field(default=0.0, ge=0, le=1)
     smoothing: float = Field(default=0.0, ge=0, lt=1)
 
@@ -113,6 +116,8 @@ class ObjectiveSpec(_Part):
             raise InputError(f"{source}", f"objective '{self.kind}' has no inner attack", "add objective.inner")
         if not adversarial and (self.uad or self.ace or self.awp):
             raise InputError(f"{source}", f"uad, ace and awp do not extend '{self.kind}'", "use kind adversarial")
+        if self.teacher and self.kind != "distillation":
+            raise InputError(f"{source}", f"'{self.kind}' has no teacher", "use kind distillation")
         if self.uad and self.ace:
             raise InputError(f"{source}", "uad and ace both extend the objective", "keep one of them")
         allowed = _options(self.kind)

@@ -41,6 +41,7 @@ from maodun.zoo.architectures import build_architecture
 from maodun.zoo.cards import Measured, ModelCard, file_sha256
 from maodun.zoo.checkpoints import apply_weights, read_weights
 from maodun.zoo.data import Dataset, load_data
+from maodun.zoo.models import load_model
 
 Line = dict[str, float | str]
 
@@ -65,15 +66,19 @@ def train(
     resume: bool = True,
     seed: int | None = None,
     tensorboard: bool = False,
+    source: str = "",
 ) -> TrainResult:
     """Train what a recipe describes and write NAME.safetensors and its card NAME.yaml into the folder `out`.
 
     A checkpoint per epoch lies beside them until the end; with `resume` a second call continues from it. `seed`
-    replaces the recipe's; `tensorboard` also logs the epochs to the folder NAME.PHASE.events.
+    replaces the recipe's; `tensorboard` also logs the epochs to the folder NAME.PHASE.events. `source` is the file that
+    the card names where a recipe is given itself, as one of a sweep (`TrainRecipe.each`).
     `on_epoch` gets {phase, epoch, loss, score, seconds} after every epoch, where score is what the epoch is chosen by;
     `on_step` the batches done and of all. Errors: InputError for a recipe, a folder or data that cannot be used.
     """
     described = recipe if isinstance(recipe, TrainRecipe) else load_train_recipe(recipe)
+    if described.sweep:
+        raise InputError(f"recipe '{described.name}'", "is a sweep of several", "train each of recipe.each()")
     if seed is not None:
         described = described.model_copy(update={"seed": seed})
     folder = usable_folder(out)
@@ -89,7 +94,7 @@ def train(
     save_weights(model, weights, torch.float16 if described.weights == "float16" else torch.float32)
     # What is measured must be what the file holds.
     apply_weights(model, read_weights(weights), f"weights '{weights}'")
-    card = _card(described, model, weights, recipe)
+    card = _card(described, model, weights, source or recipe)
     card_file = folder / f"{described.name}.yaml"
     write_whole(
         card_file, yaml.safe_dump(card.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110).encode()
@@ -126,7 +131,10 @@ class _Run:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        return ("teacher", "student") if self.recipe.objective.kind == "distillation" else ("model",)
+        spec = self.recipe.objective
+        if spec.kind != "distillation":
+            return ("model",)
+        return ("student",) if spec.teacher else ("teacher", "student")
 
     def checkpoint(self, phase: str) -> Path:
         return self.folder / f"{self.recipe.name}.{phase}.ckpt"
@@ -135,12 +143,24 @@ class _Run:
         """Train what the objective needs, a teacher before its student, and return the last model and its report."""
         spec, seed = self.recipe.objective, self.recipe.seed
         if spec.kind == "distillation":
-            teacher, _ = self.phase("teacher", Distillation(spec.temperature), seed)
-            soft = soft_labels(teacher, self.x, spec.temperature)
+            if spec.teacher:
+                soft = self.lesson(spec.teacher)
+            else:
+                teacher, _ = self.phase("teacher", Distillation(spec.temperature), seed)
+                soft = soft_labels(teacher, self.x, spec.temperature)
             return self.phase("student", Distillation(spec.temperature, soft), seed + 1)
         per_epoch = math.ceil(self.x.shape[0] / self.recipe.fit.batch_size)
         objective = build_objective(spec, seed=seed, per_epoch=per_epoch, epochs=self.recipe.fit.epochs)
         return self.phase("model", objective, seed)
+
+    def lesson(self, teacher: str) -> Tensor:
+        """Return a finished teacher's probabilities for every training picture (N x classes)."""
+        soft = soft_labels(load_model(teacher).model, self.x, 1.0)
+        classes = class_count(build_architecture(self.recipe.architecture, self.recipe.options), self.x)
+        if soft.shape[1] != classes:
+            reason = f"tells {soft.shape[1]} classes apart, the student {classes}"
+            raise InputError(f"teacher '{teacher}'", reason, "take a teacher of the same data")
+        return soft
 
     def phase(self, name: str, objective: Objective, seed: int) -> tuple[nn.Module, FitReport]:
         """Train one model with `objective`, from its checkpoint where there is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -78,6 +79,9 @@ class TrainRecipe(_Part):
     The epoch is chosen on samples held out of the training split: by robust accuracy against `select` when given, by
     clean accuracy otherwise. The test split is only measured at the end. `weights` float16 rounds the finished weights
     to half precision, halving the file; what is measured is the rounded model.
+
+    `sweep` makes one file many recipes (`each`): a dotted key and the values it takes, as
+    {objective.temperature: [1, 10, 100]}; the value replaces {temperature} in `name` and in the card's summary.
     """
 
     name: str
@@ -91,13 +95,47 @@ class TrainRecipe(_Part):
     fit: FitSpec = FitSpec()
     measure: MeasureSpec = MeasureSpec()
     weights: Literal["float32", "float16"] = "float32"
+    sweep: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     card: CardSpec
+
+    def each(self) -> list[TrainRecipe]:
+        """Return a recipe for every combination of the sweep's values; the recipe itself when there is none.
+
+        Raises InputError for a key that leads nowhere, a value that does not fit, or names that would be the same.
+        """
+        if not self.sweep:
+            return [self]
+        made = [self._with(dict(zip(self.sweep, values, strict=True))) for values in product(*self.sweep.values())]
+        names = [recipe.name for recipe in made]
+        if len(set(names)) < len(names):
+            holes = ", ".join("{" + key.rpartition(".")[2] + "}" for key in self.sweep)
+            raise InputError(f"sweep of '{self.name}'", "several of its recipes have one name", f"put {holes} into it")
+        return made
+
+    def _with(self, values: dict[str, Any]) -> TrainRecipe:
+        content = self.model_dump(mode="json", exclude={"sweep"})
+        for key, value in values.items():
+            *parents, last = key.split(".")
+            part: Any = content
+            for parent in parents:
+                part = part.get(parent) if isinstance(part, dict) else None
+            if not isinstance(part, dict) or last not in part:
+                raise InputError(f"sweep of '{self.name}'", f"'{key}' leads nowhere", "give a key of the recipe")
+            part[last] = value
+            for place, name in ((content, "name"), (content["card"], "summary")):
+                place[name] = place[name].replace("{" + last + "}", f"{value}")
+        try:
+            return TrainRecipe.model_validate(content)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise InputError(f"sweep of '{self.name}'", f"{values} does not fit ({reason})", "correct it") from error
 
 
 def load_train_recipe(path: str | Path) -> TrainRecipe:
     """Return the training recipe of a YAML file; InputError names the file, the line and what is wrong."""
     recipe = read_recipe(path, TrainRecipe)
-    recipe.objective.check(f"recipe '{path}'")
+    for each in recipe.each():
+        each.objective.check(f"recipe '{path}'")
     return recipe
 
 
