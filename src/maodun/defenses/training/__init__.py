@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from maodun.defenses.training.ace import ACE, calibration_term, complement_term, entropy_term
 from maodun.defenses.training.adversarial import Adversarial
-from maodun.defenses.training.augment import NoAugmentation, ShiftFlip
+from maodun.defenses.training.augment import CutMix, NoAugmentation, ShiftFlip
 from maodun.defenses.training.awp import AWP
 from maodun.defenses.training.distillation import Distillation, soft_labels
 from maodun.defenses.training.dkl import DKL
+from maodun.defenses.training.embedding import (
+    EmbeddingAdversarial,
+    EmbeddingNoise,
+    EmbeddingObjective,
+    Trim,
+    VirtualAdversarial,
+)
 from maodun.defenses.training.fast import Free, NoisyFGSM
 from maodun.defenses.training.fit import FitReport, fit, split_holdout
 from maodun.defenses.training.inner import Inner
@@ -31,7 +38,11 @@ __all__ = [
     "AdversarialTraining",
     "Batch",
     "Crafter",
+    "CutMix",
     "Distillation",
+    "EmbeddingAdversarial",
+    "EmbeddingNoise",
+    "EmbeddingObjective",
     "FitReport",
     "FitSettings",
     "Free",
@@ -42,6 +53,8 @@ __all__ = [
     "Objective",
     "ShiftFlip",
     "Standard",
+    "Trim",
+    "VirtualAdversarial",
     "calibration_term",
     "complement_term",
     "entropy_term",
