@@ -51,7 +51,7 @@ Norm = Annotated[str, _flag(_HOW, "linf, l2, l1, l0 (a count of changed entries)
 Eps = Annotated[str | None, _flag(_HOW, _EPS)]
 Attack = Annotated[str, _flag(_HOW, _ATTACK)]
 Targeted = Annotated[bool, _flag(_HOW, "The wrong class is chosen beforehand.", "--targeted")]
-Gradient = Annotated[str, _flag(_HOW, "exact, bpda, nes, spsa, or auto: the strongest that the shield's parts leave.")]
+Gradient = Annotated[str, _flag(_HOW, "exact, bpda, surrogate, adjoint, nes, spsa, or auto: what its parts leave.")]
 Eot = Annotated[int, _flag(_HOW, "Draws averaged per gradient of a stochastic defence.", min=1)]
 
 Surrogate = Annotated[str | None, _flag(_HOW, "Models to search on instead, separated by commas: transfer.")]

@@ -14,7 +14,7 @@ from maodun.arena.shield_recipe import ShieldSpec
 from maodun.arena.store import part_name
 from maodun.core.engine import Attack
 from maodun.core.errors import InputError, UnsupportedError
-from maodun.core.estimators import BPDA, EOT, NES, SPSA, Estimator, Exact
+from maodun.core.estimators import BPDA, EOT, NES, SPSA, Adjoint, Estimator, Exact, Surrogate
 from maodun.core.oracle import Budget
 from maodun.core.threat import Threat
 
@@ -128,14 +128,21 @@ def estimator(spear: SpearSpec) -> Estimator:
 
     Of one that leaves it to the plan (auto), before the shield is known: the exact gradient.
     """
-    kinds: dict[str, Any] = {"auto": Exact, "exact": Exact, "bpda": BPDA, "nes": NES, "spsa": SPSA}
+    kinds: dict[str, Any] = {
+        "auto": Exact,
+        "exact": Exact,
+        "bpda": BPDA,
+        "surrogate": Surrogate,
+        "adjoint": Adjoint,
+        "nes": NES,
+        "spsa": SPSA,
+    }
     try:
         inner = kinds[spear.gradient](**spear.gradient_options)
     except TypeError as error:
         where = f"gradient_options of spear '{spear.label}'"
-        raise InputError(
-            where, str(error).rpartition(") ")[2], "nes and spsa take samples and sigma, bpda every"
-        ) from None
+        remedy = "nes and spsa take samples and sigma, bpda every, surrogate and adjoint steps"
+        raise InputError(where, str(error).rpartition(") ")[2], remedy) from None
     if spear.eot == 1:
         return inner  # type: ignore[no-any-return]
     if spear.gradient in ("nes", "spsa"):

@@ -108,7 +108,7 @@ class SpearSpec(_Part):
     attack: str
     name: str = ""
     options: dict[str, Any] = Field(default_factory=dict)
-    gradient: Literal["auto", "exact", "bpda", "nes", "spsa"] = "exact"
+    gradient: Literal["auto", "exact", "bpda", "surrogate", "adjoint", "nes", "spsa"] = "exact"
     gradient_options: dict[str, Any] = Field(default_factory=dict)
     eot: int = Field(default=1, ge=1)
     access: Literal["gradient", "scores", "decision"] | None = None
