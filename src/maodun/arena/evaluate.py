@@ -59,8 +59,8 @@ def attack(
     `name` is an attack of `maodun list attacks` and `options` are its own, as `steps=40`. `eps` may be a fraction in
     words, "8/255"; None leaves the radius open for least-distance attacks. `targets` (N,) ask for given classes.
     `gradient` is exact, bpda, surrogate, adjoint (these two for purifiers), nes or spsa, averaged over `eot` draws, or
-    auto: what the model's parts call for. With `surrogate` (a model, a specification or several of them, which make an ensemble) the search sees these instead
-    of `model` and always goes its whole way.
+    auto: what the model's parts call for. With `surrogate` (a model, a specification or several of them, which make an
+    ensemble) the search sees these instead of `model` and always goes its whole way.
     The result's `x_adv` holds the clean input where nothing was found. What it says of its own success is the search's
     opinion; `evaluate` gives the verdict.
     Raises InputError or UnsupportedError with a reason for what cannot be meant.
