@@ -68,6 +68,15 @@ def probability_margin(logits: Tensor, y: Tensor, targets: Tensor | None = None)
     return margin(torch.softmax(logits, dim=1), y, targets)
 
 
+def confidence(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Log-probability of the likeliest wrong class, or of the target (after Stutz et al., ICML 2020); at most 0.
+
+    Its gradient does not vanish before the class has been reached, and only then as its probability nears one.
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    return best_other(log_p, y) if targets is None else _of(log_p, targets)
+
+
 def divergence(logits: Tensor, reference: Tensor) -> Tensor:
     """Return (N,) KL(softmax(reference) || softmax(logits)) in nats; zero exactly where both agree."""
     target, log_p = F.log_softmax(reference, dim=1), F.log_softmax(logits, dim=1)
@@ -84,6 +93,7 @@ LOSSES: dict[str, LossFunction] = {
     "margin": margin,
     "dlr": dlr,
     "probability": probability_margin,
+    "confidence": confidence,
 }
 
 
@@ -99,7 +109,7 @@ def check_loss(name: str) -> None:
 
 
 def get_loss(name: str) -> LossFunction:
-    """Return the loss called `name` (ce, margin, dlr, probability); InputError with the nearest name otherwise."""
+    """Return the loss called `name` (a key of LOSSES); InputError with the nearest name otherwise."""
     if name not in LOSSES:
         raise InputError(f"loss '{name}'", "is not a loss known here", nearest(name, [*LOSSES, *DEPARTURES]))
     return LOSSES[name]
