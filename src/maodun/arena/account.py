@@ -15,6 +15,8 @@ from maodun.arena import metrics
 from maodun.arena.calibration import equal_width
 from maodun.arena.crosscheck import cross_check
 from maodun.arena.diagnostics import findings_name
+from maodun.arena.ladder import ladders, weak_rungs
+from maodun.arena.plan import clean_folder
 from maodun.arena.store import Store, part_name
 from maodun.arena.summary import (
     CellSummary,
@@ -58,6 +60,7 @@ def account(store: Store | str) -> RunSummary:
     complete = diagnosed and len(cells) == len(manifest["cells"])
     complete = complete and all(len(records.shards) == shards for records in cells)
     worst = list(_worst(cells))
+    rungs = list(ladders(cells, manifest["shields"], _clean(store, manifest, shards)))
     data = manifest["data"]
     return RunSummary(
         name=manifest["name"],
@@ -73,8 +76,13 @@ def account(store: Store | str) -> RunSummary:
         worst=worst,
         curves=[*_curves_by_distance(cells), *_curves_by_radius(cells)],
         reliability=list(_reliability(cells)),
-        findings=[*findings, *cross_check([(records.about, records.columns) for records in cells])],
+        findings=[
+            *findings,
+            *cross_check([(each.about, each.columns) for each in cells]),
+            *weak_rungs(rungs),
+        ],
         pictures=[picture for records in cells for picture in _pictures(store, records)],
+        ladders=rungs,
     )
 
 
@@ -91,6 +99,18 @@ def _records(store: Store, about: dict[str, Any], shards: int) -> Records | None
     if not there:
         return None
     return Records(about, there, [store.read_table([names[number]]) for number in there])
+
+
+def _clean(store: Store, manifest: dict[str, Any], shards: int) -> dict[str, dict[str, NDArray[Any]]]:
+    """Return the finished clean passes of the stochastic shields, by column."""
+    found = {}
+    for shield, about in manifest["shields"].items():
+        names = [f"{clean_folder(shield)}/{part_name(number)}.parquet" for number in range(shards)]
+        there = [name for name in names if store.exists(name)]
+        if there and about.get("stochastic") == "yes":
+            table = store.read_table(there)
+            found[shield] = {name: column(table, name) for name in ("label", "pred", "draw_preds")}
+    return found
 
 
 def _findings(store: Store, manifest: dict[str, Any]) -> tuple[list[Finding], bool]:

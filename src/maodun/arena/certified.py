@@ -101,7 +101,6 @@ def summarise_certificates(store: Store | str, beside: list[Beside] | None = Non
     """Return what the certificates of a folder amount to so far, with attacks to show `beside` them."""
     manifest, columns = certificates(store)
     plan, n = manifest["certificate"], len(columns["label"])
-    shield = plan["shield"]
     largest = largest_radius(plan["draws"], plan["sigma"], plan["alpha"])
     reach = np.linspace(0.0, largest, _POINTS)
     certain = certain_radius(columns)
@@ -109,7 +108,7 @@ def summarise_certificates(store: Store | str, beside: list[Beside] | None = Non
     return Certified(
         created=manifest["created"],
         command=manifest["command"],
-        model=shield["name"] or shield["model"] + ("" if shield["defense"] == "none" else f" + {shield['defense']}"),
+        model=manifest["name"],
         data=manifest["data"]["spec"],
         sigma=plan["sigma"],
         draws=plan["draws"],

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from maodun.arena.certified import Certified, summarise_certificates
+from maodun.arena.ladder import evaluations
 from maodun.arena.progress import Watcher, watcher
 from maodun.arena.recipe import DataSpec
 from maodun.arena.setup import usable_device, versions
@@ -25,7 +26,6 @@ from maodun.core import admission
 from maodun.core.errors import InputError
 from maodun.core.memory import PeakMemory
 from maodun.core.oracle import granted
-from maodun.defenses import DefenseSpec
 from maodun.defenses.smoothing import certify
 from maodun.defenses.smoothing.bounds import check_confidence, check_sigma
 
@@ -172,15 +172,14 @@ def _admit(model: nn.Module, data: Dataset, device: torch.device) -> None:
 
 
 def _manifest(plan: CertifyPlan, data: Dataset, digest: str, model: nn.Module, command: str) -> dict[str, Any]:
-    specs = [getattr(module, "spec", None) for module in model.modules()]
-    nfe = sum(spec.nfe for spec in specs if isinstance(spec, DefenseSpec))
     return {
         "format": 1,
+        "name": plan.shield.label,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command,
         "certificate": plan.model_dump(mode="json"),
         "versions": versions(),
         "data": {"spec": data.spec, "name": data.name, "sha256": data.sha256, "samples": len(data)},
         "weights": digest,
-        "nfe": nfe,
+        "nfe": evaluations(model),
     }

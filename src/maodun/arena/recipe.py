@@ -102,7 +102,8 @@ class SpearSpec(_Part):
     `eot` is the number of draws averaged per gradient (1: no averaging; with auto: as many as the plan thinks fit);
     `access` None means what the attack needs; `norms` restricts the spear to the threats of these norms. With
     `surrogate` (model specifications) the search sees these models instead of the shield, several as an ensemble of
-    mean logits or probabilities (`fusion`), and what it ends with is judged on the shield.
+    mean logits or probabilities (`fusion`), and what it ends with is judged on the shield. With `seed_known` the
+    search knows the first draw that the verdict will make, and attacks that fixed function; all draws judge it.
     """
 
     attack: str
@@ -116,6 +117,7 @@ class SpearSpec(_Part):
     norms: tuple[Literal["linf", "l2", "l1", "l0", "flow"], ...] | None = None
     surrogate: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
     fusion: Literal["logits", "probabilities"] = "logits"
+    seed_known: bool = False
 
     @property
     def origin(self) -> str:
@@ -128,6 +130,7 @@ class SpearSpec(_Part):
         extra: list[str] = [self.gradient] if self.gradient != "exact" else []
         extra += [f"eot {self.eot}"] if self.eot > 1 else []
         extra += [self.fusion] if self.fusion != "logits" else []
+        extra += ["seed known"] if self.seed_known else []
         words = self.attack + (f" ({', '.join(extra)})" if extra else "")
         return self.name or (f"{words} from {self.origin}" if self.surrogate else words)
 
@@ -189,6 +192,8 @@ class Recipe(_Part):
             if not spear["surrogate"]:
                 # Runs of before there were surrogates keep their identity.
                 del spear["surrogate"], spear["fusion"]
+            if not spear["seed_known"]:
+                del spear["seed_known"]
         del plain["diagnostics"]
         return plain
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.arena.commands import evaluate_command
+from maodun.arena.ladder import evaluations, rung
 from maodun.arena.plan import Cell, Plan, Shard, access, budget, estimator, make_plan, steps
 from maodun.arena.recipe import Recipe
 from maodun.arena.shield_recipe import ShieldSpec
@@ -25,6 +26,7 @@ from maodun.arena.surrogates import oracle as surrogate_oracle
 from maodun.attacks.artifacts import TrainedAttack
 from maodun.core import admission
 from maodun.core.errors import InputError, UnsupportedError
+from maodun.core.known import KnownDraw
 from maodun.core.oracle import Oracle, granted, is_stochastic
 from maodun.core.sizing import metered
 from maodun.core.verdict import Rule
@@ -77,8 +79,9 @@ class Arena:
             return Oracle(shield.model, batch_size=compute.batch_size, stochastic=shield.stochastic)
         if cell.spec.surrogate:
             return surrogate_oracle(self, cell)
+        known = cell.spec.seed_known and is_stochastic(shield.model)
         return Oracle(
-            shield.model,
+            KnownDraw(shield.model, self.recipe.seed) if known else shield.model,
             access=access(cell.spec, cell.attack),
             gradient=estimator(cell.spec),
             budget=budget(cell.spec),
@@ -281,6 +284,9 @@ def manifest(arena: Arena, command: str) -> dict[str, Any]:
                 "command": evaluate_command(recipe, cell) or command,
                 "kind": cell.attack.kind,
                 "steps": steps(cell.attack),
+                "rung": rung(cell.spec, cell.attack, cell.threat.norm),
+                "eot": cell.spec.eot,
+                "nfe": evaluations(arena.shields[cell.shield].model),
                 "access": "surrogate" if cell.spec.surrogate else access(cell.spec, cell.attack),
                 "surrogates": list(cell.spec.surrogate),
                 "hooks": cell.spec.model_copy(update={"surrogate": ()}).label,

@@ -41,6 +41,21 @@ class Calibration(_Data):
     under: float | None = None
 
 
+class Rejection(_Data):
+    """What a shield that may refuse to answer did in a cell.
+
+    `coverage` is the share of clean inputs it answers, `accuracy` how many of those it answers rightly, `accepted` the
+    share of changed inputs it answers, `usable` the share of samples answered rightly without the attack and not fooled
+    by it, `auroc` how well its doubt tells changed inputs from clean ones (None when none was changed).
+    """
+
+    coverage: Rate
+    accuracy: Rate
+    accepted: Rate
+    usable: Rate
+    auroc: float | None
+
+
 class CellSummary(_Data):
     """One spear against one shield under one threat.
 
@@ -49,6 +64,7 @@ class CellSummary(_Data):
     Distances are medians over the samples that fell; `rho` is DeepFool's mean of ||r||_2 / ||x||_2 over them.
     Counts are means per sample; `seconds` is the total for the cell. Of a search on `surrogates` (specifications) they
     are what it cost there; `hooks` is the spear without them, `white_box` says that the shield was among them.
+    `rejection` is there for shields that may refuse to answer: of these, a success is an input accepted and wrong.
     """
 
     cell: str
@@ -77,6 +93,7 @@ class CellSummary(_Data):
     surrogates: list[str] = []
     hooks: str = ""
     white_box: bool = False
+    rejection: Rejection | None = None
 
 
 class WorstCase(_Data):
@@ -156,6 +173,44 @@ class TransferMatrix(_Data):
     rows: list[TransferRow]
 
 
+class LadderRow(_Data):
+    """One spear on its rung against a stochastic shield: robust accuracy under every rule, over `draws` fresh draws.
+
+    `single` estimates one fresh draw by all of them; `resubmission` are (R, accuracy) when the adversary may try R
+    times. `known` is the accuracy in the very draw that an adversary on the last rung knew. Calls are means per
+    sample; `nfe` are network evaluations of the defence, `seconds` per sample, `memory` the peak in MiB.
+    Rung -1 is no attack.
+    """
+
+    rung: int
+    title: str
+    spear: str
+    cell: str
+    draws: int
+    eot: int
+    single: Rate
+    mean: Rate
+    majority: Rate
+    worst: Rate
+    resubmission: list[tuple[int, float]]
+    known: Rate | None
+    forwards: float
+    backwards: float
+    nfe: float
+    seconds: float
+    memory: float | None
+
+
+class Ladder(_Data):
+    """What every rung left of a stochastic shield under one threat, from no attack upwards."""
+
+    shield: str
+    norm: str
+    eps: float | None
+    targeted: bool
+    rows: list[LadderRow]
+
+
 class Picture(_Data):
     """Where to find an adversarial example: cell folder, row in its npz part, labels and predictions."""
 
@@ -189,6 +244,7 @@ class RunSummary(_Data):
     reliability: list[Reliability]
     findings: list[Finding]
     pictures: list[Picture]
+    ladders: list[Ladder] = []
 
     @property
     def transfer(self) -> list[TransferMatrix]:

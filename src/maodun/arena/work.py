@@ -20,6 +20,7 @@ from maodun.arena.store import part_name
 from maodun.arena.surrogates import for_shield, search
 from maodun.core import geometry
 from maodun.core.engine import Candidates, Progress
+from maodun.core.memory import PeakMemory
 from maodun.core.rejection import doubt, fold, may_reject
 from maodun.core.status import Status
 from maodun.core.streams import Stream
@@ -49,6 +50,7 @@ RECORDS = pa.schema(
         ("adv_probs", pa.list_(pa.float32())),
         ("success", pa.bool_()),
         ("success_draws", pa.int64()),
+        ("draw_flags", pa.list_(pa.bool_())),
         ("draws", pa.int64()),
         ("fell", pa.bool_()),
         ("target", pa.int64()),
@@ -63,6 +65,7 @@ RECORDS = pa.schema(
         ("backwards", pa.int64()),
         ("queries", pa.int64()),
         ("seconds", pa.float32()),
+        ("memory", pa.float32()),
         ("clean_doubt", pa.float32()),
         ("adv_doubt", pa.float32()),
     ]
@@ -140,22 +143,23 @@ def _attack_pass(arena: Arena, unit: Unit, cell: Cell, progress: Progress | None
     x, y, ids = arena.rows(unit.shard)
     clean = Clean(arena, shield, unit.shard.number)
     targets = choose_targets(cell.threat, clean.probs, y, ids, seed)
-    if cell.spec.surrogate:
-        found, targets = _transferred(arena, unit, cell, clean, progress)
-    else:
-        found = cell.attack.run(
-            arena.oracle(shield, cell),
-            x,
-            y,
-            cell.core_threat,
-            targets=targets,
-            seed=seed,
-            ids=ids,
-            # The draws of a stochastic model's clean pass are the verdict's, which no search may see.
-            clean_logits=None if shield.stochastic else clean.logits,
-            check_model=False,
-            progress=progress,
-        )
+    with PeakMemory(arena.device) as peak:
+        if cell.spec.surrogate:
+            found, targets = _transferred(arena, unit, cell, clean, progress)
+        else:
+            found = cell.attack.run(
+                arena.oracle(shield, cell),
+                x,
+                y,
+                cell.core_threat,
+                targets=targets,
+                seed=seed,
+                ids=ids,
+                # The draws of a stochastic model's clean pass are the verdict's, which no search may see.
+                clean_logits=None if shield.stochastic else clean.logits,
+                check_model=False,
+                progress=progress,
+            )
     columns = {
         "sample_id": _array(ids),
         "label": _array(y),
@@ -166,6 +170,7 @@ def _attack_pass(arena: Arena, unit: Unit, cell: Cell, progress: Progress | None
         **_verdict(arena, shield, cell, clean, (x, y, ids, targets), found),
         **_distances(cell, x, found.x_adv),
         **_cost(found),
+        "memory": np.full(len(y), peak.mebibytes, dtype=np.float32),
     }
     if arena.recipe.adversarials:
         # The arrays go first: the records' part is what says that the shard is finished.
@@ -234,6 +239,7 @@ def _verdict(
         "adv_probs": _lists(probs),
         "success": _array(success),
         "success_draws": _array(flags.sum(1)),
+        "draw_flags": _lists(flags),
         "draws": _array(torch.full_like(y, flags.shape[1])),
         "fell": _array(fell),
         "clean_doubt": _array(clean.doubt),

@@ -248,9 +248,19 @@ class Attack(Generic[S]):
         self._settle(problem, state)
 
     def _settle(self, problem: Problem, state: S | None) -> None:
-        """On a surrogate the answer of a search in a ball is where it ends; a least-distance search has its own."""
-        if problem.session.oracle.surrogate and self.kind == "fixed" and state is not None and len(problem):
+        """Hand over where a search in a ball ended: always on a surrogate, else where a stochastic model still stands.
+
+        A least-distance search has its own answer.
+        """
+        if self.kind != "fixed" or state is None or not len(problem):
+            return
+        if problem.session.oracle.surrogate:
             problem.ledger.settle(problem, self.answer(state))
+        elif problem.session.stochastic:
+            try:
+                problem.ledger.offer(problem, self.answer(state))
+            except BudgetExceededError as spent:
+                problem.ledger.retire(spent.rows)
 
     def _compact(self, problem: Problem, state: S | None) -> tuple[Problem, S | None]:
         leave = problem.ledger.finished[problem.rows]
@@ -258,7 +268,7 @@ class Attack(Generic[S]):
             leave = leave | state.done
         if not bool(leave.any()):
             return problem, state
-        if problem.session.oracle.surrogate and state is not None:
+        if (problem.session.oracle.surrogate or problem.session.stochastic) and state is not None:
             gone = leave.nonzero().squeeze(1)
             self._settle(problem.select(gone), state.select(gone))
         keep = (~leave).nonzero().squeeze(1)

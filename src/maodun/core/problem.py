@@ -140,6 +140,18 @@ class Ledger:
         self.best[rows] = last
         self.distance[rows] = self.threat.distance(last, problem.x[fit])
 
+    def offer(self, problem: Problem, x: Tensor) -> None:
+        """Look at where a search of a stochastic model ended without ever fooling its mean answer.
+
+        It may fool some draws all the same, and a rule that asks for any of them, or for half, wants to know.
+        """
+        open_ = (self.share[problem.rows] == 0) & (self.status[problem.rows] == int(Status.exhausted_steps))
+        fit = (open_ & torch.isfinite(x).flatten(1).all(1)).nonzero().squeeze(1)
+        if fit.numel():
+            part = problem.select(fit)
+            every = torch.arange(fit.numel(), device=fit.device)
+            self._keep(part, every, self.threat.project(x[fit], part.x))
+
     def note_gradient(self, rows: Tensor, grads: list[Tensor]) -> None:
         """Remember which rows have ever had a gradient that is not exactly zero."""
         self.used_gradient = True

@@ -7,7 +7,7 @@ import io
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from maodun.core.errors import InputError, nearest
 from maodun.report.files import write_text
@@ -16,7 +16,7 @@ from maodun.report.words import NOTHING, members, number, percent, rule, threat
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from maodun.arena.summary import CellSummary, RunSummary
+    from maodun.arena.summary import CellSummary, LadderRow, RunSummary
 
 WORST = "worst case"
 
@@ -25,7 +25,8 @@ WORST = "worst case"
 class Row:
     """One line of an export: shares in [0, 1], distances in the norm's units, calls as means per sample.
 
-    `eps` None is any radius. A worst-case row (spear "worst case") names the strongest spear and has no costs.
+    `eps` None is any radius. Cells of a ladder also have its rung, rules and costs per image. A worst-case row (spear
+    "worst case") names the strongest spear and has no costs.
     """
 
     shield: str
@@ -56,6 +57,14 @@ class Row:
     reference: bool = True
     strongest: str = ""
     command: str = ""
+    rung: int | None = None
+    single: float | None = None
+    mean: float | None = None
+    majority: float | None = None
+    worst: float | None = None
+    nfe: float | None = None
+    seconds_per_image: float | None = None
+    memory: float | None = None
 
 
 def rows(summary: RunSummary) -> list[Row]:
@@ -65,6 +74,8 @@ def rows(summary: RunSummary) -> list[Row]:
 
 def _cell_row(summary: RunSummary, cell: CellSummary) -> Row:
     clean, attacked = cell.calibration_clean, cell.calibration_adversarial
+    rung = next((row for ladder in summary.ladders for row in ladder.rows if row.cell == cell.cell), None)
+    extra = {} if rung is None else _rung(rung)
     return Row(
         shield=cell.shield,
         spear=cell.spear,
@@ -94,7 +105,14 @@ def _cell_row(summary: RunSummary, cell: CellSummary) -> Row:
         reference=cell.reference,
         strongest="",
         command=cell.command,
+        **extra,
     )
+
+
+def _rung(row: LadderRow) -> dict[str, Any]:
+    """Return what a ladder adds to a cell: every rule, and costs per image (memory in MiB)."""
+    shares = {rule: getattr(row, rule).value for rule in ("single", "mean", "majority", "worst")}
+    return {"rung": row.rung, **shares, "nfe": row.nfe, "seconds_per_image": row.seconds, "memory": row.memory}
 
 
 def _worst_rows(summary: RunSummary) -> list[Row]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from maodun.report import view, words
 from maodun.report.charts import Chart, reliability_charts, security_charts, style, styles, to_plotly
 from maodun.report.files import need, write_text
+from maodun.report.ladder import resubmission_charts
 from maodun.report.pictures import load_pictures
 from maodun.report.svg import sample, to_svg
 
@@ -50,6 +51,11 @@ def report_html(summary: RunSummary, run_dir: str | Path, *, light: bool = False
         "matrices": view.matrices(summary),
         "transfers": view.transfers(summary),
         "groups": view.groups(summary),
+        "ladders": summary.ladders,
+        "resubmission": [
+            (figures.add(chart), [(line.name, sample(line.style)) for line in chart.lines])
+            for chart in resubmission_charts(summary)
+        ],
         "across": [figures.add(chart) for chart in across],
         "curves": [figures.add(chart) for chart in single],
         "spear_legend": [(name, sample(each)) for name, each in spears.items() if name in drawn[0]],

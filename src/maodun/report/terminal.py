@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from maodun.report.ladder import ladder_tables
 from maodun.report.view import matrices
 from maodun.report.words import NOTHING, by_urgency, count, interval, number, percent, rate, shorter, threat
 
@@ -134,6 +135,7 @@ def summary_view(summary: RunSummary, *, findings: bool = True, matrix: bool = F
     parts: list[RenderableType] = []
     if summary.cells:
         parts += matrix_tables(summary) if matrix else [cells_table(summary)]
+    parts += ladder_tables(summary)
     parts += transfer_tables(summary)
     if summary.worst:
         parts.append(worst_table(summary))
