@@ -7,13 +7,17 @@ import math
 import pytest
 import torch
 
+from maodun.arena.calibrated import profile
 from maodun.arena.calibration import calibrate
 from maodun.arena.confidence import (
     abstention,
     after_temperature,
+    auroc,
     best_temperature,
     bootstrap,
     classwise_ece,
+    entropies,
+    spread,
     tempered,
 )
 
@@ -99,3 +103,69 @@ def test_bootstrap_covers_the_value_and_repeats_itself() -> None:
     assert bootstrap(probs, labels, brier, draws=200) == (low, high)
     wide = bootstrap(probs[:100], labels[:100], brier, draws=200)
     assert wide[1] - wide[0] > high - low
+
+
+def test_auroc_by_hand_and_by_torchmetrics() -> None:
+    from torchmetrics.functional.classification import binary_auroc
+
+    probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.8, 0.2], [0.6, 0.4]])
+    # Right: .9 and one .8; wrong: the other .8 and .6. Of four pairs three are in order and one is a tie.
+    assert auroc(probs, torch.tensor([0, 0, 1, 1])) == pytest.approx(3.5 / 4)
+    assert auroc(probs, torch.zeros(4, dtype=torch.long)) is None
+    many, labels = predictions()
+    many = (many * 20).round() / 20 + 1e-3
+    theirs = binary_auroc(many.max(1).values, (many.argmax(1) == labels).long())
+    assert auroc(many, labels) == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_entropies_of_right_and_wrong_answers() -> None:
+    probs = torch.tensor([[0.5, 0.5 - 1e-9], [1.0, 0.0], [0.9, 0.1]])
+    right, wrong = entropies(probs, torch.tensor([0, 1, 1]))
+    assert right == pytest.approx(math.log(2), abs=1e-6)
+    assert wrong == pytest.approx((0.0 - 0.9 * math.log(0.9) - 0.1 * math.log(0.1)) / 2, abs=1e-6)
+    assert entropies(probs[:1], torch.tensor([0]))[1] is None
+
+
+def test_all_resamples_at_once_agree_with_one_by_one() -> None:
+    probs, labels = predictions()
+    sharp = tempered(probs, 0.5)
+    found = spread(sharp, labels, draws=300)
+    slow = {
+        "ece": bootstrap(sharp, labels, lambda p, y: calibrate(p, y).ece, draws=300),
+        "over": bootstrap(sharp, labels, lambda p, y: calibrate(p, y).over, draws=300),
+        "under": bootstrap(sharp, labels, lambda p, y: calibrate(p, y).under, draws=300),
+    }
+    for name, ends in slow.items():
+        # The very same resamples in the same order.
+        assert found[name] == pytest.approx(ends, abs=1e-12)
+    gap = float((sharp.max(1).values - (sharp.argmax(1) == labels).double()).mean())
+    assert found["gap"][0] < gap < found["gap"][1]
+
+
+def test_a_profile_tells_both_findings_apart_and_what_a_temperature_mends() -> None:
+    probs, labels = predictions(n=800)
+    clean = tempered(probs, 2.0).numpy()
+    risk_averse = profile(clean, labels.numpy())
+    assert risk_averse is not None and risk_averse.under > 0.1 > risk_averse.over
+    assert risk_averse.intervals["under"][0] > 0.1 and risk_averse.confidence < risk_averse.accuracy
+    mended = risk_averse.after("clean")
+    assert mended is not None and mended.temperature == pytest.approx(0.5, rel=0.2) and mended.under < 0.06
+    # Attacked: every answer wrong and sure. What suits clean inputs makes it worse, what suits attacked ones better.
+    wrong = probs.roll(1, dims=1)
+    attacked = profile(tempered(wrong, 0.5).numpy(), labels.numpy(), clean)
+    assert attacked is not None and attacked.over > 0.3
+    by_clean, by_attacked = attacked.after("clean"), attacked.after("attacked")
+    assert by_clean.temperature == pytest.approx(mended.temperature)
+    assert by_clean.over > attacked.over > by_attacked.over and by_attacked.nll < attacked.nll < by_clean.nll
+    assert dict(attacked.coverage)[0.95] <= dict(risk_averse.coverage)[0.95]
+
+
+def test_a_profile_of_nothing_and_of_few_samples() -> None:
+    import numpy as np
+
+    probs, labels = predictions(n=3)
+    assert profile(probs.numpy()[:0], labels.numpy()[:0]) is None
+    assert profile(np.full((3, 5), np.nan), labels.numpy()) is None
+    few = profile(probs.numpy(), labels.numpy())
+    assert few is not None and few.rescaled == [] and few.n == 3
+    assert profile(np.eye(5)[labels.numpy()], labels.numpy()).auroc is None

@@ -44,8 +44,12 @@ def _binned(index: Tensor, confidence: Tensor, correct: Tensor, bins: int) -> Bi
 def equal_width(probs: Tensor, labels: Tensor, bins: int = BINS) -> Bins:
     """Bin N x C probabilities by confidence into `bins` intervals (lo, hi] of [0, 1]; labels are (N,)."""
     confidence, correct = _top(probs, labels)
-    index = (torch.ceil(confidence * bins).long() - 1).clamp(0, bins - 1)
-    return _binned(index, confidence, correct, bins)
+    return _binned(equal_width_index(confidence, bins), confidence, correct, bins)
+
+
+def equal_width_index(confidence: Tensor, bins: int = BINS) -> Tensor:
+    """Return the number of the interval (lo, hi] of [0, 1] in which each confidence lies; 0 lies in the first."""
+    return (torch.ceil(confidence * bins).long() - 1).clamp(0, bins - 1)
 
 
 def equal_mass(probs: Tensor, labels: Tensor, bins: int = BINS) -> Bins:

@@ -1,4 +1,4 @@
-"""More about confidence: per class, as a reason to abstain, after the best temperature, and with intervals."""
+"""More about confidence: per class, as a reason to abstain or to doubt, after the best temperature, with intervals."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from maodun.arena.calibration import BINS, Scores, calibrate
+from maodun.arena.calibration import BINS, Scores, calibrate, equal_width_index
 
 _LOG_T = (-5.0, 5.0)
 
@@ -80,6 +79,8 @@ def best_temperature(probs: Tensor, labels: Tensor) -> float:
 
     Fit it on samples other than those reported. Where every answer is right it runs to the lower end.
     """
+    from scipy.optimize import minimize_scalar
+
     logs = probs.double().clamp(min=torch.finfo(torch.float32).tiny).log()
 
     def loss(log_t: float) -> float:
@@ -93,13 +94,75 @@ def after_temperature(probs: Tensor, labels: Tensor) -> tuple[float, Scores]:
 
     Samples are halved by turns, so neither half is scored with a temperature fitted on it. Needs N >= 2.
     """
+    temperature, scaled = held_out(probs, labels, probs)
+    return temperature, calibrate(scaled, labels)
+
+
+def held_out(probs: Tensor, labels: Tensor, fitted_on: Tensor) -> tuple[float, Tensor]:
+    """Return the mean best temperature and N x C `probs` scaled, each half by what suits the other half best.
+
+    `fitted_on` (N x C) are the predictions on which the temperatures are fitted, for the same samples in the same
+    order: `probs` themselves, or the clean ones of attacked samples. Halves are taken by turns. Needs N >= 2.
+    """
     even = torch.arange(labels.shape[0], device=labels.device) % 2 == 0
     scaled = torch.empty_like(probs, dtype=torch.float64)
     temperatures = []
     for part in (even, ~even):
-        temperatures.append(best_temperature(probs[~part], labels[~part]))
+        temperatures.append(best_temperature(fitted_on[~part], labels[~part]))
         scaled[part] = tempered(probs[part], temperatures[-1])
-    return float(np.mean(temperatures)), calibrate(scaled, labels)
+    return float(np.mean(temperatures)), scaled
+
+
+def auroc(probs: Tensor, labels: Tensor) -> float | None:
+    """Return how often a right answer is surer than a wrong one, ties counted half; None where one of them is missing.
+
+    The area under the ROC curve of the top probability of N x C `probs` as a detector of right answers.
+    """
+    from scipy.stats import rankdata  # a second of import that most commands do without
+
+    confidence, predicted = probs.double().max(1)
+    right = (predicted == labels).cpu().numpy()
+    n, hits = len(right), int(right.sum())
+    if hits in (0, n):
+        return None
+    ranks = rankdata(confidence.cpu().numpy())
+    return float((ranks[right].sum() - hits * (hits + 1) / 2) / (hits * (n - hits)))
+
+
+def entropies(probs: Tensor, labels: Tensor) -> tuple[float | None, float | None]:
+    """Return the mean entropy of N x C `probs` in nats over right and over wrong answers, None where there are none."""
+    p = probs.double()
+    entropy = torch.special.entr(p).sum(1)
+    right = p.argmax(1) == labels
+    means = [float(entropy[part].mean()) if bool(part.any()) else None for part in (right, ~right)]
+    return means[0], means[1]
+
+
+def spread(
+    probs: Tensor, labels: Tensor, *, bins: int = BINS, draws: int = 200, level: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Return the bootstrap percentile intervals of `ece`, `over` and `under` (equal-width bins) and of `gap`.
+
+    `gap` is mean confidence minus accuracy. All `draws` resamples of the samples are made at once. The split into over
+    and under is biased upwards for small n, as the calibration error is: read the intervals as spread.
+    """
+    confidence, predicted = probs.double().max(1)
+    surplus = (confidence - (predicted == labels).double()).cpu().numpy()
+    index = equal_width_index(confidence, bins).cpu().numpy()
+    n = len(surplus)
+    rows = np.random.default_rng(seed).integers(0, n, (draws, n))
+    place = index[rows] + bins * np.arange(draws)[:, None]
+    # Within a bin, share * |confidence - accuracy| is the sum of the surpluses over n.
+    sums = np.bincount(place.ravel(), surplus[rows].ravel(), minlength=bins * draws).reshape(draws, bins) / n
+    values = {
+        "ece": np.abs(sums).sum(1),
+        "over": sums.clip(min=0).sum(1),
+        "under": (-sums).clip(min=0).sum(1),
+        "gap": sums.sum(1),
+    }
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    found = {name: np.quantile(value, ends) for name, value in values.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in found.items()}
 
 
 def bootstrap(
