@@ -17,6 +17,7 @@ from maodun.arena.crosscheck import cross_check
 from maodun.arena.diagnostics import findings_name
 from maodun.arena.ladder import ladders, weak_rungs
 from maodun.arena.plan import clean_folder
+from maodun.arena.refusals import refusals, rejection
 from maodun.arena.store import Store, part_name
 from maodun.arena.summary import (
     CellSummary,
@@ -79,6 +80,7 @@ def account(store: Store | str) -> RunSummary:
         findings=[
             *findings,
             *cross_check([(each.about, each.columns) for each in cells]),
+            *refusals([(each.about, each.columns) for each in cells]),
             *weak_rungs(rungs),
         ],
         pictures=[picture for records in cells for picture in _pictures(store, records)],
@@ -158,6 +160,7 @@ def _cell(records: Records) -> CellSummary:
         surrogates=about.get("surrogates", []),
         hooks=about.get("hooks", ""),
         white_box=about.get("white_box", False),
+        rejection=rejection(columns),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.arena.commands import evaluate_command
+from maodun.arena.detectors import fit_detectors
 from maodun.arena.ladder import evaluations, rung
 from maodun.arena.plan import Cell, Plan, Shard, access, budget, estimator, make_plan, steps
 from maodun.arena.recipe import Recipe
@@ -124,7 +125,7 @@ def prepare(
         raise InputError(f"data '{data.spec}'", "holds no samples", "give at least one")
     plan = make_plan(recipe, len(data), tuple(data.x.shape[1:]))
     shields = {
-        spec.label: _shield(spec, data, place, None if models is None else models.get(spec.label))
+        spec.label: _shield(spec, recipe, data, place, None if models is None else models.get(spec.label))
         for spec in recipe.shields
     }
     stand_ins = load_surrogates(recipe, data, shields, place, surrogates)
@@ -200,8 +201,9 @@ def usable_device(name: str) -> torch.device:
         raise InputError(f"device '{name}'", f"cannot be used ({reason})", "use cpu") from error
 
 
-def _shield(spec: ShieldSpec, data: Dataset, device: torch.device, given: nn.Module | None) -> Shield:
+def _shield(spec: ShieldSpec, recipe: Recipe, data: Dataset, device: torch.device, given: nn.Module | None) -> Shield:
     model, digest = shield_model(spec, device, given)
+    fit_detectors(model, recipe, data, device)
     defended = bool(spec.parts or spec.members)
     if defended:
         refuse_unfit(spec.label, model, data.x[:2].to(device), data.ids[:2].to(device))

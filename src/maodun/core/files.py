@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from contextlib import suppress
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maodun.core.errors import InputError
 
@@ -50,3 +51,20 @@ def weights_of(model: nn.Module, kind: torch.dtype = torch.float32) -> bytes:
 
     state = model.state_dict().items()
     return bytes(save({k: (v.to(kind) if v.is_floating_point() else v).contiguous() for k, v in state}))
+
+
+def state_sha256(model: nn.Module) -> str:
+    """Return the SHA-256 over names, types, shapes and values of a model's state dict, in hexadecimal.
+
+    A module whose weights are elsewhere adds its `fingerprint`.
+    """
+    digest = hashlib.sha256()
+    for module in model.modules():
+        if isinstance(mark := getattr(module, "fingerprint", None), str):
+            digest.update(f"fingerprint|{mark}|".encode())
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+            plain = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return digest.hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from maodun.core.errors import InputError, nearest
+from maodun.defenses.detection import DETECTORS
 from maodun.defenses.preprocessing.base import Defense, NoDefense
 from maodun.defenses.preprocessing.bit_depth import BitDepth
 from maodun.defenses.preprocessing.jpeg import JPEG
@@ -15,7 +16,7 @@ from maodun.defenses.preprocessing.random_resize_pad import RandomResizePad
 from maodun.defenses.smoothing.noise import GaussianNoise
 
 DEFENSES: dict[str, type[Defense]] = {
-    each.name: each for each in (NoDefense, BitDepth, Median, JPEG, RandomResizePad, GaussianNoise)
+    each.name: each for each in (NoDefense, BitDepth, Median, JPEG, RandomResizePad, GaussianNoise, *DETECTORS)
 }
 
 

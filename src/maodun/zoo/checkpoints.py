@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core.errors import InputError
+from maodun.core.files import state_sha256
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights", "params", "ema")
 _PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
@@ -106,18 +106,4 @@ def apply_weights(model: nn.Module, state: Mapping[str, Tensor], thing: str) -> 
     model.load_state_dict({**{name: own[name] for name in counters}, **state})
 
 
-def state_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 over names, types, shapes and values of a model's state dict, in hexadecimal.
-
-    A module whose weights are elsewhere adds its `fingerprint`.
-    """
-    digest = hashlib.sha256()
-    for module in model.modules():
-        if isinstance(mark := getattr(module, "fingerprint", None), str):
-            digest.update(f"fingerprint|{mark}|".encode())
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-            plain = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-    return digest.hexdigest()
+__all__ = ["apply_weights", "read_weights", "restricted_load", "state_sha256"]
