@@ -141,10 +141,10 @@ class TextRecipe(_Part):
             raise InputError(source, "it has no runs or no seeds", "give at least one of each")
         if len(set(names)) < len(names) or len(set(self.seeds)) < len(self.seeds):
             raise InputError(source, "two runs have the same name, or two seeds are equal", "give each its own")
-        if self.reference is not None and self.reference not in names:
-            raise InputError(f"{source}, reference '{self.reference}'", "is no run", nearest(self.reference, names))
         for run in self.runs:
             run.build(0)
+        if self.reference is not None and self.reference not in names:
+            raise InputError(f"{source}, reference '{self.reference}'", "is no run", nearest(self.reference, names))
         for eps in self.measure.embedding.eps:
             if not 0 < eps < float("inf"):
                 raise InputError(f"{source}, eps {eps}", "is no radius to attack with", "give a positive number")
