@@ -18,6 +18,7 @@ from maodun.core.errors import InputError, nearest
 _ROOMS = {
     "gradient.pgd": ("fgsm", "bim", "pgd", "mifgsm", "nifgsm"),
     "gradient.apgd": ("apgd", "apgd-t"),
+    "gradient.diffhammer": ("diffhammer",),
     "gradient.orthogonal": ("orthogonal",),
     "minimum.deepfool": ("deepfool",),
     "minimum.cw": ("cw",),
