@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maodun.arena.objectives import build_objective
 from maodun.arena.train import train
+from maodun.arena.train_recipe import load_train_recipe
 from maodun.attacks.registry import build_attack
 from maodun.core.errors import InputError
 from maodun.core.threat import Threat
@@ -36,7 +38,7 @@ from maodun.defenses.training import (
 )
 from maodun.defenses.training.augment import CutMix
 from maodun.defenses.training.norms import refresh_norms
-from maodun.zoo.architectures import initialise
+from maodun.zoo.architectures import ARCHITECTURES, initialise
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.rand(40, 2, 6, 6, generator=GENERATOR)
@@ -280,3 +282,21 @@ class TestRuns:
         assert len(kept["history"]) == 1
         assert all(bool(value.isfinite().all()) for value in kept["model"].values())
         assert equal(run(settings, checkpoint=checkpoint).state_dict(), run(settings).state_dict())
+
+
+FOLDERS = Path(__file__).parents[1] / "recipes" / "train"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDERS.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_tables_and_of_published_length_are_valid(path: Path) -> None:
+    described = load_train_recipe(path)
+    assert described.name == path.stem
+    with torch.device("meta"):
+        ARCHITECTURES[described.architecture](**described.options)
+    build_objective(described.objective, seed=0, per_epoch=1, epochs=1)
+    FitSettings(**described.fit.model_dump())
+    for inner in (described.select, described.measure.inner):
+        if inner is not None:
+            build_attack(inner.attack, **inner.options)
+    if path.parent.name == "published":
+        assert "NOT RUN HERE" in path.read_text(encoding="utf-8")
