@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from maodun.defenses.purification.denoiser import Converted, Denoiser, clean_estimate, from_eps, to_eps
 from maodun.defenses.purification.levels import CLEAN, Levels, parse_levels, sub_vp, ve, vp, vp_discrete
+from maodun.defenses.purification.loading import load_score
+from maodun.defenses.purification.presets import SAMPLERS, find_sampler
 from maodun.defenses.purification.purifier import DiffusionFilter, vote
-from maodun.defenses.purification.samplers import SAMPLERS, Sampler, State, find_sampler
+from maodun.defenses.purification.samplers import Sampler, State
 
 __all__ = [
     "CLEAN",
@@ -19,6 +21,7 @@ __all__ = [
     "clean_estimate",
     "find_sampler",
     "from_eps",
+    "load_score",
     "parse_levels",
     "sub_vp",
     "to_eps",

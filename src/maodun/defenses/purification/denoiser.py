@@ -33,6 +33,9 @@ class Denoiser(nn.Module):
         self.eval().requires_grad_(False)
         return self
 
+    def need_range(self, levels: Levels, t: int) -> None:
+        """Raise InputError when index `t` holds more noise than the network knows; by default it knows all."""
+
     def need_shape(self, x: Tensor) -> None:
         """Raise InputError unless `x` is N x C x H x W of the size the network was built for."""
         found = tuple(x.shape[1:])

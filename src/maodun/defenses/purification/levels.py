@@ -107,12 +107,29 @@ def vp_discrete(beta_first: float = 1e-4, beta_last: float = 2e-2, count: int = 
     scale^2 is the running product of 1 - beta, sigma^2 = 1 - scale^2. Its equation is the VP one with
     beta(t) = count beta_i at time (i + 1) / count.
     """
-    time = _times(count)
-    betas = torch.linspace(beta_first, beta_last, count, dtype=torch.float64)
-    kept = (1.0 - betas).cumprod(0)
-    rate = betas * count
     name = f"vp_discrete({beta_first:g},{beta_last:g},{count})"
-    return Levels(name, time, kept.sqrt(), (1.0 - kept).sqrt(), -0.5 * rate, rate)
+    return _chain(name, torch.linspace(beta_first, beta_last, len(_times(count)), dtype=torch.float64))
+
+
+def vp_scaled(beta_first: float = 8.5e-4, beta_last: float = 1.2e-2, count: int = 1000) -> Levels:
+    """Return the chain whose betas have linear square roots ("scaled_linear" in diffusers)."""
+    name = f"vp_scaled({beta_first:g},{beta_last:g},{count})"
+    roots = torch.linspace(beta_first**0.5, beta_last**0.5, len(_times(count)), dtype=torch.float64)
+    return _chain(name, roots.square())
+
+
+def vp_cosine(offset: float = 0.008, largest: float = 0.999, count: int = 1000) -> Levels:
+    """Return the chain with scale^2 along a squared cosine, betas at most `largest` (Nichol and Dhariwal, 2021)."""
+    edges = torch.cat([torch.zeros(1, dtype=torch.float64), _times(count)])
+    kept = torch.cos((edges + offset) / (1.0 + offset) * math.pi / 2.0).square()
+    name = f"vp_cosine({offset:g},{largest:g},{count})"
+    return _chain(name, (1.0 - kept[1:] / kept[:-1]).clamp(max=largest))
+
+
+def _chain(name: str, betas: Tensor) -> Levels:
+    """The variance-preserving chain of the betas (T,)."""
+    kept, rate = (1.0 - betas).cumprod(0), betas * len(betas)
+    return Levels(name, _times(len(betas)), kept.sqrt(), (1.0 - kept).sqrt(), -0.5 * rate, rate)
 
 
 def vp(beta_min: float = 0.1, beta_max: float = 20.0, count: int = 1000) -> Levels:
@@ -150,7 +167,14 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0, count: int = 1000) -> 
     return Levels(f"sub_vp({beta_min:g},{beta_max:g},{count})", time, scale, sigma, -0.5 * rate, diffusion)
 
 
-TABLES = {"vp_discrete": vp_discrete, "vp": vp, "ve": ve, "sub_vp": sub_vp}
+TABLES: dict[str, Callable[..., Levels]] = {
+    "vp_discrete": vp_discrete,
+    "vp_scaled": vp_scaled,
+    "vp_cosine": vp_cosine,
+    "vp": vp,
+    "ve": ve,
+    "sub_vp": sub_vp,
+}
 
 
 def parse_levels(text: str) -> Levels:
@@ -168,5 +192,4 @@ def parse_levels(text: str) -> Levels:
         raise InputError(
             f"levels '{text}'", "its arguments are numbers", "write for example vp(0.1,20,1000)"
         ) from error
-    build: Callable[..., Levels] = TABLES[kind]
-    return build(*numbers[:2], *(int(count) for count in numbers[2:]))
+    return TABLES[kind](*numbers[:2], *(int(count) for count in numbers[2:]))

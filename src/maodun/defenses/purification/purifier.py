@@ -12,22 +12,28 @@ from maodun.core import context
 from maodun.core.errors import InputError
 from maodun.defenses.preprocessing.base import Defense, DefenseSpec
 from maodun.defenses.purification.denoiser import Denoiser
-from maodun.defenses.purification.levels import CLEAN, Levels, vp_discrete
+from maodun.defenses.purification.levels import CLEAN, Levels, parse_levels, vp_discrete
+from maodun.defenses.purification.loading import load_score
+from maodun.defenses.purification.presets import find_sampler
 from maodun.defenses.purification.replay import Replay, Way
-from maodun.defenses.purification.samplers import Sampler, State, find_sampler
+from maodun.defenses.purification.samplers import Sampler, State
 
 
 class DiffusionFilter(Defense):
     """Diffuse each image to the level `t_star`, run the learned reverse process back, and hand it on.
 
     x in [0, 1] becomes u = 2x - 1, u_{t*} = scale u + sigma n, then the reverse chain of `sampler` in `steps` steps,
-    then (u + 1) / 2 clamped to [0, 1] (the clamp's derivative is 1 inside and 0 outside). `score` is a Denoiser;
-    `t_star` in (0, 1) is a share of the noise levels; `levels` the table (default DDPM's 1000 linear betas, or
-    the network's own); `rounds` repeats diffusion and reversal; `votes` makes Defended average the probabilities
-    of that many independent purifications. Noise is keyed by (seed, sample, draw, place in the chain), so a result does
-    not depend on the batch. Its derivative is exact at the memory of one step (`gradient`, by default a Replay; a Plain
-    keeps every activation). Costs rounds x nfe(steps) network evaluations per vote. InputError for t_star outside
-    (0, 1), no steps or votes, and for images whose size or channels the network does not take.
+    then (u + 1) / 2 clamped to [0, 1] (the clamp's derivative is 1 inside and 0 outside). `score` is a Denoiser, or
+    what `load_score` takes: a .safetensors file, a diffusers folder or hub id, a witness's .pt. `t_star` in (0, 1) is a
+    share of the noise levels; `sampler` a name of SAMPLERS or a Sampler; `levels` the table by name ("vp", "ve",
+    "sub_vp", "vp_discrete", with arguments as Levels.name writes them), by default the network's own; `rounds` repeats
+    diffusion and reversal; `votes` makes Defended average the probabilities of that many independent purifications.
+    Noise is keyed by (seed, sample, draw, place in the chain), so a result does not depend on the batch. Its derivative
+    is exact at the memory of one step (`gradient`, by default a Replay; a Plain keeps every activation). Costs
+    rounds x nfe(steps) network evaluations per vote.
+
+    InputError for t_star outside (0, 1) or beyond the network's training, no steps or votes, a score network that
+    cannot be read, and for images whose size or channels the network does not take.
 
     The Diffusion Filter (DifFilter, TIFS 2024) is a reconstruction: its source names the forward equation, the learned
     score and an efficient sampler, but neither t*, nor solver, nor number of evaluations; those are ours.
@@ -39,24 +45,25 @@ class DiffusionFilter(Defense):
 
     def __init__(
         self,
-        score: Denoiser,
+        score: str | Denoiser = "",
         t_star: float = 0.1,
         steps: int = 5,
         sampler: str | Sampler = "ddim_eta1",
         rounds: int = 1,
         votes: int = 1,
-        levels: Levels | None = None,
+        levels: str | Levels = "",
     ) -> None:
         super().__init__()
         for word, value in (("rounds", rounds), ("votes", votes)):
             if value < 1:
                 raise InputError(f"{word} {value}", "there has to be at least one", "use 1")
-        self.denoiser = score.freeze()
-        own = getattr(score, "levels", None)
-        self.levels: Levels = levels or own or vp_discrete()
+        self.denoiser = load_score(score).freeze()
+        own = getattr(self.denoiser, "levels", None) or vp_discrete()
+        self.levels: Levels = (parse_levels(levels) if levels else own) if isinstance(levels, str) else levels
         self.sampler = find_sampler(sampler)
         self.t_star, self.steps, self.rounds, self.votes = t_star, steps, rounds, votes
         self.path = self.sampler.grid(self.levels.index(t_star), steps)
+        self.denoiser.need_range(self.levels, self.path[0])
         self.spec = DefenseSpec(
             stochastic=True, inner_loop=True, nfe=rounds * votes * self.sampler.nfe(steps), votes=votes
         )

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 from torch import Tensor
 
-from maodun.core.errors import InputError, nearest
+from maodun.core.errors import InputError
 from maodun.defenses.purification.denoiser import Denoiser, clean_estimate
 from maodun.defenses.purification.levels import CLEAN, Levels
 
@@ -24,12 +24,16 @@ State = tuple[Tensor, ...]
 class Sampler:
     """The common part: `spacing` is the power of the time grid (1 uniform; above 1 denser near the clean end).
 
-    `stochastic`: `step` uses its noise; a deterministic sampler may be handed anything. A state is a tuple of tensors
-    whose first is u (N x C x H x W); every tensor has the rows of u, so states may be cut, repeated and stored by rows.
+    A state is a tuple of tensors whose first is u (N x C x H x W); every tensor has the rows of u, so states may be
+    cut, repeated and stored by rows.
     """
 
     spacing: float = 1.0
-    stochastic: ClassVar[bool] = True
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `step` looks at its noise; a deterministic sampler may be handed anything."""
+        return True
 
     def grid(self, start: int, steps: int) -> tuple[int, ...]:
         """Return steps + 1 decreasing indices from `start` to -1.
@@ -75,6 +79,15 @@ class DDIM(Sampler):
 
     eta: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.eta <= 1.0:
+            raise InputError(f"eta {self.eta}", "it is a share of the ancestral noise, in [0, 1]", "use 0 or 1")
+
+    @property
+    def stochastic(self) -> bool:
+        """Unless eta is 0."""
+        return self.eta > 0.0
+
     def step(self, denoiser: Denoiser, levels: Levels, state: State, t: int, s: int, noise: Tensor) -> State:
         """Return the state at level `s`."""
         u = state[0]
@@ -88,10 +101,41 @@ class DDIM(Sampler):
 
 
 @dataclass(frozen=True)
+class DDPM(Sampler):
+    """Ancestral sampling of the denoising diffusion chain (Ho et al., 2020).
+
+    The mean of the posterior q(u_s | u_t, x0) plus noise of its variance, `variance` "posterior" (the lower bound of
+    the reverse variance; then it is DDIM with eta 1) or "beta" (the upper one, the forward variance between the levels;
+    no noise in the last step). `clip` clamps x0 to [-1, 1] first, as the original and GDMP do.
+    """
+
+    variance: Literal["posterior", "beta"] = "posterior"
+    clip: bool = True
+
+    def step(self, denoiser: Denoiser, levels: Levels, state: State, t: int, s: int, noise: Tensor) -> State:
+        """Return the state at level `s`."""
+        u = state[0]
+        (scale_t, sigma_t), (scale_s, sigma_s) = levels.at(t), levels.at(s)
+        clean = clean_estimate(denoiser, levels, u, t)
+        if self.clip:
+            clean = clean.clamp(-1.0, 1.0)
+        step = scale_t / scale_s
+        forward = sigma_t**2 - (step * sigma_s) ** 2
+        mean = (scale_s * forward / sigma_t**2) * clean + (step * sigma_s**2 / sigma_t**2) * u
+        if s == CLEAN:
+            return (mean,)
+        variance = forward if self.variance == "beta" else forward * sigma_s**2 / sigma_t**2
+        return (mean + math.sqrt(max(0.0, variance)) * noise,)
+
+
+@dataclass(frozen=True)
 class Tweedie(Sampler):
     """One step from t* to the posterior mean by Tweedie's formula: one evaluation, as denoised smoothing uses it."""
 
-    stochastic: ClassVar[bool] = False
+    @property
+    def stochastic(self) -> bool:
+        """It does not."""
+        return False
 
     def grid(self, start: int, steps: int) -> tuple[int, ...]:
         """Return (start, -1); InputError unless `steps` is 1."""
@@ -103,19 +147,3 @@ class Tweedie(Sampler):
         """Return the state at the clean level."""
         del s, noise
         return (clean_estimate(denoiser, levels, state[0], t),)
-
-
-SAMPLERS: dict[str, Sampler] = {
-    "ddim": DDIM(eta=0.0),
-    "ddim_eta1": DDIM(eta=1.0),
-    "tweedie": Tweedie(),
-}
-
-
-def find_sampler(name: str | Sampler) -> Sampler:
-    """Return the sampler called `name`, or `name` itself when it is one; InputError with the nearest name otherwise."""
-    if isinstance(name, Sampler):
-        return name
-    if name not in SAMPLERS:
-        raise InputError(f"sampler '{name}'", "there is none of that name", nearest(name, list(SAMPLERS)))
-    return SAMPLERS[name]
