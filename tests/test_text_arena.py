@@ -24,6 +24,7 @@ from maodun.report.text import HEADERS, to_markdown, words
 from maodun.tasks.text import load_text_net
 
 GOOD, BAD = ("good", "lovely", "bright"), ("bad", "awful", "dull")
+RECIPES = Path(__file__).parents[1] / "recipes" / "train"
 PLAIN = ("film", "story", "plot", "scene", "actor", "music")
 
 
@@ -160,6 +161,11 @@ def test_the_command_line_prints_the_table_and_one_line_errors(data, tmp_path, c
     assert "text data 'imdb'" in said
     assert "Traceback" not in said
     assert run(["train", path, "--seed", "3", "--out", str(tmp_path / "b")]) == 2
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("text-*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path):
+    assert load_text_recipe(path).name == path.stem
 
 
 def flags(*values: int) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.arena.objectives import build_objective
+from maodun.arena.text_recipe import trains_text
 from maodun.arena.train import train
 from maodun.arena.train_recipe import load_train_recipe, trains_attack
 from maodun.attacks.registry import build_attack
@@ -354,7 +355,11 @@ card: {summary: s, provenance: p, data: digits}
 
     @pytest.mark.parametrize(
         "path",
-        [path for path in sorted(Path(__file__).parents[1].glob("recipes/train/*.yaml")) if not trains_attack(path)],
+        [
+            path
+            for path in sorted(Path(__file__).parents[1].glob("recipes/train/*.yaml"))
+            if not trains_attack(path) and not trains_text(path)
+        ],
         ids=lambda path: path.stem,
     )
     def test_shipped_recipes_are_valid(self, path: Path) -> None:
