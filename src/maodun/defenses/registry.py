@@ -8,16 +8,13 @@ from typing import Any
 
 from maodun.core.errors import InputError, nearest
 from maodun.defenses.detection import DETECTORS
-from maodun.defenses.preprocessing.base import Defense, NoDefense
-from maodun.defenses.preprocessing.bit_depth import BitDepth
-from maodun.defenses.preprocessing.jpeg import JPEG
-from maodun.defenses.preprocessing.median import Median
-from maodun.defenses.preprocessing.random_resize_pad import RandomResizePad
+from maodun.defenses.masking import MASKS
+from maodun.defenses.preprocessing import PREPROCESSORS
+from maodun.defenses.preprocessing.base import Defense
 from maodun.defenses.smoothing.noise import GaussianNoise
 
-DEFENSES: dict[str, type[Defense]] = {
-    each.name: each for each in (NoDefense, BitDepth, Median, JPEG, RandomResizePad, GaussianNoise, *DETECTORS)
-}
+_ALL: tuple[type[Defense], ...] = (*PREPROCESSORS, GaussianNoise, *MASKS, *DETECTORS)
+DEFENSES: dict[str, type[Defense]] = {each.name: each for each in _ALL}
 
 
 def options_of(defense: type[Defense]) -> dict[str, Any]:
