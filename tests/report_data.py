@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import binomtest
 
+from maodun.arena.calibrated import Calibration
 from maodun.arena.summary import (
-    Calibration,
     CellSummary,
     Curve,
     Finding,

@@ -90,7 +90,7 @@ def close(one: Any, two: Any) -> bool:
     """Equal up to float rounding, in whatever they are nested."""
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(close(one[key], two[key]) for key in one)
-    if isinstance(one, list):
+    if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(close, one, two))
     return one == (pytest.approx(two, rel=1e-5, abs=1e-5) if isinstance(two, float) else two)
 

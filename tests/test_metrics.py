@@ -7,6 +7,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from maodun.arena import metrics
+from maodun.arena.calibrated import profile
 from maodun.arena.laboratory import stronger
 from maodun.arena.summary import Rate
 
@@ -86,9 +87,9 @@ def test_security_curve_without_falls_is_a_point() -> None:
 
 
 def test_calibration_needs_samples_and_finite_values() -> None:
-    assert metrics.calibration(np.zeros((0, 3), np.float32), np.zeros(0, np.int64)) is None
-    assert metrics.calibration(np.full((2, 3), np.nan, np.float32), np.zeros(2, np.int64)) is None
-    found = metrics.calibration(np.eye(3, dtype=np.float32), np.arange(3))
+    assert profile(np.zeros((0, 3), np.float32), np.zeros(0, np.int64)) is None
+    assert profile(np.full((2, 3), np.nan, np.float32), np.zeros(2, np.int64)) is None
+    found = profile(np.eye(3, dtype=np.float32), np.arange(3))
     assert found is not None
     assert (found.ece, found.brier, found.n) == (0.0, 0.0, 3)
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from maodun.arena import metrics
+from maodun.arena.calibrated import Calibration, profile, tempered_probs
 from maodun.arena.calibration import equal_width
 from maodun.arena.crosscheck import cross_check
 from maodun.arena.diagnostics import findings_name
@@ -45,6 +46,11 @@ class Records:
         table = pa.concat_tables(tables)
         self.columns: dict[str, NDArray[Any]] = {name: column(table, name) for name in table.column_names}
 
+    def in_order(self, *names: str) -> list[NDArray[Any]]:
+        """Return columns sorted by sample id, so that what halves or resamples them does not depend on the order."""
+        order = np.argsort(self.columns["sample_id"], kind="stable")
+        return [self.columns[name][order] for name in names]
+
     @property
     def place(self) -> tuple[str, str, float | None, bool]:
         """Shield and threat: what cells must share to be compared sample by sample."""
@@ -61,6 +67,7 @@ def account(store: Store | str) -> RunSummary:
     complete = diagnosed and len(cells) == len(manifest["cells"])
     complete = complete and all(len(records.shards) == shards for records in cells)
     worst = list(_worst(cells))
+    clean = _CleanProfiles()
     rungs = list(ladders(cells, manifest["shields"], _clean(store, manifest, shards)))
     data = manifest["data"]
     return RunSummary(
@@ -73,7 +80,7 @@ def account(store: Store | str) -> RunSummary:
         shields=manifest["shields"],
         classes=manifest["classes"],
         complete=complete,
-        cells=[_cell(records) for records in cells],
+        cells=[_cell(records, clean(records)) for records in cells],
         worst=worst,
         curves=[*_curves_by_distance(cells), *_curves_by_radius(cells)],
         reliability=list(_reliability(cells)),
@@ -127,7 +134,20 @@ def _findings(store: Store, manifest: dict[str, Any]) -> tuple[list[Finding], bo
     return found, not (missing and manifest["diagnostics"])
 
 
-def _cell(records: Records) -> CellSummary:
+class _CleanProfiles:
+    """The calibration on clean inputs, looked at once per shield and not once per cell."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, tuple[int, ...]], Calibration | None] = {}
+
+    def __call__(self, records: Records) -> Calibration | None:
+        key = (records.about["shield"], tuple(records.shards))
+        if key not in self._known:
+            self._known[key] = profile(*records.in_order("clean_probs", "label"))
+        return self._known[key]
+
+
+def _cell(records: Records, clean: Calibration | None) -> CellSummary:
     about, columns = records.about, records.columns
     minimum = about["kind"] == "minimum"
     # A least-distance search is measured by all it found, wherever that lies; a search in a ball by what fell there.
@@ -153,8 +173,8 @@ def _cell(records: Records) -> CellSummary:
         queries=float(columns["queries"].mean()),
         seconds=float(columns["seconds"].sum()),
         statuses={str(name): int(count) for name, count in zip(names, counts, strict=True)},
-        calibration_clean=metrics.calibration(columns["clean_probs"], columns["label"]),
-        calibration_adversarial=metrics.calibration(columns["adv_probs"], columns["label"]),
+        calibration_clean=clean,
+        calibration_adversarial=profile(*records.in_order("adv_probs", "label", "clean_probs")),
         reference=about["reference"],
         command=about["command"],
         surrogates=about.get("surrogates", []),
@@ -223,21 +243,25 @@ def _reliability(cells: list[Records]) -> Iterator[Reliability]:
 
 
 def _diagram(records: Records, kind: str, shield: str, spear: str) -> Iterator[Reliability]:
-    probs = records.columns["clean_probs" if kind == "clean" else "adv_probs"]
+    """Yield the diagram of a cell's clean or attacked inputs, and that after the temperature that suits clean ones."""
+    probs, labels, clean = records.in_order("clean_probs" if kind == "clean" else "adv_probs", "label", "clean_probs")
     if not np.isfinite(probs).all():
         return
-    bins = equal_width(torch.from_numpy(probs), torch.from_numpy(records.columns["label"]))
-    yield Reliability(
-        shield=shield,
-        spear=spear,
-        kind=kind,
-        confidence=bins.confidence.tolist(),
-        accuracy=bins.accuracy.tolist(),
-        count=[int(count) for count in bins.count],
-        norm="" if kind == "clean" else records.about["norm"],
-        eps=None if kind == "clean" else records.about["eps"],
-        targeted=kind != "clean" and records.about["targeted"],
-    )
+    after = tempered_probs(probs, labels, clean)
+    for temperature, shown in [(None, probs), *([after] if after is not None else [])]:
+        bins = equal_width(torch.from_numpy(shown), torch.from_numpy(labels))
+        yield Reliability(
+            shield=shield,
+            spear=spear,
+            kind=kind,
+            confidence=bins.confidence.tolist(),
+            accuracy=bins.accuracy.tolist(),
+            count=[int(count) for count in bins.count],
+            temperature=temperature,
+            norm="" if kind == "clean" else records.about["norm"],
+            eps=None if kind == "clean" else records.about["eps"],
+            targeted=kind != "clean" and records.about["targeted"],
+        )
 
 
 def _pictures(store: Store, records: Records) -> Iterator[Picture]:

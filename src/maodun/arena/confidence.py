@@ -86,7 +86,7 @@ def best_temperature(probs: Tensor, labels: Tensor) -> float:
     def loss(log_t: float) -> float:
         return float(torch.nn.functional.cross_entropy(logs / np.exp(log_t), labels))
 
-    return float(np.exp(minimize_scalar(loss, bounds=_LOG_T, method="bounded", options={"xatol": 1e-6}).x))
+    return float(np.exp(minimize_scalar(loss, bounds=_LOG_T, method="bounded", options={"xatol": 1e-9}).x))
 
 
 def after_temperature(probs: Tensor, labels: Tensor) -> tuple[float, Scores]:

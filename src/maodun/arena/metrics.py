@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from maodun.arena.calibration import calibrate
-from maodun.arena.summary import Calibration, Rate
+from maodun.arena.summary import Rate
 
 Columns = Mapping[str, NDArray[Any]]
 CONFIDENCE = 0.95
@@ -107,19 +105,3 @@ def security_curve(columns: Columns, points: int = 41) -> tuple[list[float], lis
     distance = np.where(felled, columns["distance"], np.inf)
     robust = [float((columns["clean_correct"] & (distance > radius)).mean()) for radius in radii]
     return [float(radius) for radius in radii], robust
-
-
-def calibration(probs: NDArray[Any], labels: NDArray[Any]) -> Calibration | None:
-    """Return the calibration of N x C probabilities, None for no samples or for values that are not finite."""
-    if len(labels) == 0 or not np.isfinite(probs).all():
-        return None
-    scores = calibrate(torch.from_numpy(np.array(probs)), torch.from_numpy(np.array(labels)).long())
-    return Calibration(
-        ece=scores.ece,
-        brier=scores.brier,
-        nll=scores.nll,
-        n=scores.n,
-        ece_mass=scores.ece_mass,
-        over=scores.over,
-        under=scores.under,
-    )

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from maodun.arena.calibrated import Calibration
+
 if TYPE_CHECKING:
     from maodun.arena.store import Store
 
@@ -24,21 +26,6 @@ class Rate(_Data):
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] (n = {self.n})"
-
-
-class Calibration(_Data):
-    """Confidence quality of a set of predictions: ECE (15 equal-width bins), Brier score, log-likelihood.
-
-    `ece_mass` uses bins of equal mass; `over` and `under` split `ece` into over- and under-confidence.
-    """
-
-    ece: float
-    brier: float
-    nll: float
-    n: int
-    ece_mass: float | None = None
-    over: float | None = None
-    under: float | None = None
 
 
 class Rejection(_Data):
@@ -121,7 +108,9 @@ class Curve(_Data):
 class Reliability(_Data):
     """A reliability diagram: per bin mean confidence, accuracy and count; `kind` is clean or adversarial.
 
-    The threat (`norm`, `eps`, `targeted`) is that of the attack; clean inputs have none (`norm` empty).
+    `temperature` None is the shield as it is; otherwise its logits were divided by it, which was fitted on clean inputs
+    of other samples. The threat (`norm`, `eps`, `targeted`) is that of the attack; clean inputs have none (`norm` is
+    empty).
     """
 
     shield: str
@@ -130,6 +119,7 @@ class Reliability(_Data):
     confidence: list[float]
     accuracy: list[float]
     count: list[int]
+    temperature: float | None = None
     norm: str = ""
     eps: float | None = None
     targeted: bool = False
