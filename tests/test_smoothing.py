@@ -15,8 +15,21 @@ from torch import Tensor, nn
 
 from maodun.core import context
 from maodun.core.errors import InputError
+from maodun.core.oracle import is_stochastic
 from maodun.core.streams import Stream
-from maodun.defenses.smoothing import ABSTAIN, certify, count_votes, largest_radius, lower_bound, predict, radius
+from maodun.defenses.purification import Denoiser, Levels, vp
+from maodun.defenses.smoothing import (
+    ABSTAIN,
+    Denoise,
+    GaussianNoise,
+    certify,
+    count_votes,
+    largest_radius,
+    lower_bound,
+    matching_level,
+    predict,
+    radius,
+)
 
 
 class Half(nn.Module):
@@ -265,3 +278,97 @@ class TestCommand:
     )
     def test_bad_input_is_one_line(self, maodun: Any, tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
         assert expected in maodun(*self.WORDS, *words, "--out", tmp_path / "run").error
+
+
+class Gaussian(Denoiser):
+    """The exact denoiser of pixels that are independent normals with `mean` and standard deviation `spread`."""
+
+    def __init__(self, mean: float = 0.1, spread: float = 0.5) -> None:
+        super().__init__()
+        self.mean, self.spread = mean, spread
+
+    def forward(self, u: Tensor, t: int, levels: Levels) -> Tensor:
+        scale, sigma = levels.at(t)
+        return sigma * (u - scale * self.mean) / ((scale * self.spread) ** 2 + sigma**2)
+
+
+class TestDenoise:
+    @pytest.mark.parametrize(
+        ("t_star", "sigma"), [(0.036, 0.064), (0.075, 0.128), (0.1, 0.170), (0.15, 0.260), (0.2, 0.360)]
+    )
+    def test_sigma_and_level_are_the_dossiers_table(self, t_star: float, sigma: float) -> None:
+        levels = vp()
+        found = matching_level(levels, sigma)
+        assert abs(found - levels.index(t_star)) <= 1
+        assert levels.ratio(found) >= 2 * sigma
+        assert levels.ratio(found - 1) < 2 * sigma
+
+    def test_estimate_is_the_posterior_mean(self) -> None:
+        x = 0.5 + 0.05 * torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+        defense = Denoise(Gaussian(), sigma=0.2)
+        ratio = defense.levels.ratio(matching_level(defense.levels, 0.2))
+        shrink = 0.5**2 / (0.5**2 + ratio**2)
+        expected = ((0.1 + shrink * (2 * x - 1 - 0.1)) + 1) / 2
+        assert torch.allclose(defense(x), expected, atol=1e-5)
+
+    def test_a_linear_classifier_keeps_its_closed_form(self) -> None:
+        # An affine denoiser moves the plane; the certified radius is the distance from where it stands then.
+        x = 0.5 + 0.1 * torch.randn(12, 1, 2, 3, generator=torch.Generator().manual_seed(2))
+        half, defense = Half(torch.linspace(-1.0, 1.5, 6), 0.8), Denoise(Gaussian(), sigma=0.1)
+        score = defense(x).flatten(1) @ half.w - half.b
+        ratio = defense.levels.ratio(matching_level(defense.levels, 0.1))
+        distance = (score / (half.w.norm() * 0.5**2 / (0.5**2 + ratio**2))).double()
+        found = certify(defense.wrap(half), x, sigma=0.1, draws=4000)
+        told = found.prediction != ABSTAIN
+        assert torch.equal(found.prediction[told], (distance > 0).long()[told])
+        assert bool((found.radius <= distance.abs() + 1e-6).all())
+        reachable = distance.abs().clamp(max=largest_radius(4000, 0.1, 0.001))
+        assert float((reachable - found.radius)[told].max()) < 0.04
+
+    def test_posterior_draws_and_their_votes(self) -> None:
+        x = torch.rand(3, 1, 4, 4)
+        chain = Denoise(Gaussian(), sigma=0.25, steps=4, votes=3)
+        assert chain.spec.nfe == 12
+        assert is_stochastic(chain.wrap(nn.Flatten()))
+        assert not is_stochastic(Denoise(Gaussian(), sigma=0.25).wrap(nn.Flatten()))
+        model, ids = chain.wrap(nn.Flatten()), torch.arange(3)
+        counts = [
+            count_votes(model, x, ids, sigma=0.25, draws=20, stream=Stream(0, "test"), batch_size=size)
+            for size in (1, 7, 64)
+        ]
+        assert torch.equal(counts[0], counts[1])
+        assert torch.equal(counts[0], counts[2])
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"sigma": 90.0}, "sigma 90.0"),
+            ({"sigma": 0.0}, "sigma 0.0"),
+            ({"votes": 0}, "votes 0"),
+            ({"votes": 2}, "votes 2"),
+            ({"steps": 0}, "steps 0"),
+            ({"score": ""}, "score network"),
+        ],
+    )
+    def test_bad_input(self, options: dict[str, Any], words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            Denoise(**{"score": Gaussian(), **options})
+
+
+class TestNoise:
+    def test_noise_is_the_one_that_is_certified(self) -> None:
+        x, ids = torch.rand(500, 1, 4, 4), torch.arange(500)
+        with context.draw(Stream(0, "a"), ids, torch.zeros_like(ids)):
+            change = GaussianNoise(0.3)(x) - x
+        assert float(change.std()) == pytest.approx(0.3, rel=0.03)
+        assert float(change.mean()) == pytest.approx(0.0, abs=0.01)
+
+    def test_votes_average_probabilities(self) -> None:
+        model, x, ids = plane(), points(4), torch.arange(4)
+        with context.draw(Stream(0, "a"), ids, torch.zeros_like(ids)):
+            answer = GaussianNoise(0.3, votes=400).wrap(model)(x)
+        assert answer.exp().sum(1) == pytest.approx(torch.ones(4), abs=1e-5)
+        with pytest.raises(InputError, match="votes 0"):
+            GaussianNoise(votes=0)
+        with pytest.raises(InputError, match="sigma -1"):
+            GaussianNoise(sigma=-1.0)

@@ -11,6 +11,7 @@ from maodun.core.errors import InputError
 from maodun.defenses.preprocessing.base import Defense, DefenseSpec
 from maodun.defenses.purification.denoiser import Denoiser
 from maodun.defenses.purification.levels import Levels, vp_discrete
+from maodun.defenses.purification.loading import load_score
 from maodun.defenses.purification.purifier import vote
 from maodun.defenses.purification.samplers import DDIM, Sampler, State, Tweedie
 from maodun.defenses.smoothing.bounds import check_sigma
@@ -34,24 +35,26 @@ class Denoise(Defense):
     """Remove Gaussian noise of `sigma` (in [0, 1] input units) that the input already holds, by a diffusion model.
 
     x becomes u = scale_t (2x - 1) at the level t of `matching_level`; with `steps` 1 one evaluation of the `score`
-    network gives Tweedie's estimate of the clean image (Carlini et al., ICLR 2023), with more the stochastic reverse
-    chain of so many steps draws one from the posterior. `votes` > 1 averages the classifier's probabilities over so
-    many draws of it (DensePure, ICLR 2023, counts their classes instead). It adds no noise of its own to the input:
-    certify it, or put gaussian_noise in front. InputError for sigma, steps or votes that cannot be.
+    network (a Denoiser, or what `load_score` reads) gives Tweedie's estimate of the clean image (Carlini et al.,
+    ICLR 2023), with more the stochastic reverse chain of so many steps draws one from the posterior. `votes` > 1
+    averages the classifier's probabilities over so many draws of it (DensePure, ICLR 2023, counts their classes
+    instead). It adds no noise of its own to the input: certify it, or put gaussian_noise in front. InputError for
+    sigma, steps or votes that cannot be.
     """
 
     name = "denoise"
     spec = DefenseSpec(nfe=1)
 
     def __init__(
-        self, score: Denoiser, sigma: float = 0.25, steps: int = 1, votes: int = 1, levels: Levels | None = None
-    ) -> None:
+        self, score: str | Denoiser = "", sigma: float = 0.25, steps: int = 1, votes: int = 1,
+        levels: Levels | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if votes < 1 or (votes > 1 and steps == 1):
             reason = "there has to be at least one" if votes < 1 else "one step draws nothing, so all votes would agree"
             raise InputError(f"votes {votes}", reason, "use votes 1, or more steps")
-        self.denoiser = score.freeze()
-        self.levels: Levels = levels or getattr(score, "levels", None) or vp_discrete()
+        self.denoiser = load_score(score).freeze()
+        self.levels: Levels = levels or getattr(self.denoiser, "levels", None) or vp_discrete()
         self.sampler: Sampler = Tweedie() if steps == 1 else DDIM(eta=1.0)
         self.path = self.sampler.grid(matching_level(self.levels, sigma), steps)
         self.sigma, self.steps, self.votes = sigma, steps, votes
