@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import maodun
 from maodun.attacks.registry import build_attack
 from maodun.core.errors import InputError
 from maodun.core.oracle import Oracle
@@ -136,6 +137,19 @@ def test_attacks_run_on_the_space_and_reach_the_worst_of_a_linear_network():
             assert bool(verdict.valid)
             assert bool(verdict.success) == falls, (k, factor)
             assert torch.equal(found.x_adv[..., -1] > 0.5, x[k : k + 1, :, -1] > 0.5)
+
+
+def test_the_arena_evaluates_the_space_as_any_model():
+    model, tokens = net().eval(), words().encode(TEXTS * 4)
+    y = model(tokens).argmax(1)
+    space = EmbeddingSpace(model, reach=2.0)
+    summary = maodun.evaluate(
+        space, (space.enter(tokens), y), norm="l2", eps=[space.radius(0.01), space.radius(2.0)], attack="pgd,deepfool",
+        diagnostics=False,
+    )  # fmt: skip
+    near, far = summary.worst
+    assert near.clean.value == 1.0
+    assert near.robust.value > far.robust.value
 
 
 def test_neighbours_are_words_used_alike_and_leave_the_protected_alone():
