@@ -1,6 +1,7 @@
 """Maodun (矛盾, spear and shield): every attack against every defence, and what is left standing.
 
-`maodun.attack(model, x, y, "pgd", norm="linf", eps=8/255)` searches, `maodun.evaluate(model, data, ...)` judges.
+`maodun.attack(model, x, y, "pgd", norm="linf", eps=8/255)` searches, `maodun.evaluate(model, data, ...)` judges, and
+`maodun.DiffusionFilter(score).wrap(model)` puts the diffusion filter in front of a classifier.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maodun.arena.evaluate import attack, evaluate
+    from maodun.defenses.purification import DiffusionFilter
 
 try:
     __version__ = version("maodun")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "attack", "evaluate"]
+__all__ = ["DiffusionFilter", "__version__", "attack", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from maodun.arena import evaluate as doors
 
         return getattr(doors, name)
+    if name == "DiffusionFilter":
+        from maodun.defenses.purification import DiffusionFilter as Filter
+
+        return Filter
     raise AttributeError(f"module 'maodun' has no attribute '{name}'")

@@ -35,6 +35,7 @@ class Things(StrEnum):
     attacks = "attacks"
     defenses = "defenses"
     models = "models"
+    scores = "scores"
     data = "data"
     recipes = "recipes"
 
@@ -162,6 +163,32 @@ def multitask(
     from maodun.app import multitask as room
 
     room.multitask(recipe, out, row or [], quiet=quiet)
+
+
+@app.command()
+def purify(
+    picture: Annotated[str, typer.Argument(help="The picture to purify.", metavar="IN", show_default=False)],
+    out: Annotated[str, typer.Argument(help="Where the purified one goes, a .png.", metavar="OUT", show_default=False)],
+    score: Annotated[
+        str, typer.Option(help="A score network: zoo:score-cifar10, a .safetensors, a diffusers folder.")
+    ] = "zoo:score-cifar10",
+    t_star: Annotated[float, typer.Option(help="How much noise, as a share of the levels in (0, 1).")] = 0.1,
+    steps: Annotated[int, typer.Option(help="Steps of the way back.")] = 5,
+    sampler: Annotated[
+        str, typer.Option(help="The way back: ddim_eta1, dpm_solver, euler_maruyama, ...")
+    ] = "ddim_eta1",
+    rounds: Annotated[int, typer.Option(help="How often there and back.")] = 1,
+    seed: Annotated[int, typer.Option(help="The seed of the noise.")] = 0,
+    device: o.Device = "cpu",
+    quiet: o.Quiet = False,
+) -> None:
+    """Purify one picture with the diffusion filter: noise over the perturbation, and the learned way back."""
+    from maodun.app import purifying
+
+    purifying.purify(
+        picture, out, score=score, seed=seed, device=device, quiet=quiet,
+        t_star=t_star, steps=steps, sampler=sampler, rounds=rounds,
+    )  # fmt: skip
 
 
 @app.command()

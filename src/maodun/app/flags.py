@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -46,7 +47,8 @@ def parse_options(pairs: Sequence[str], *, thing: str) -> dict[str, Any]:
 
 def parse_named(text: str, *, thing: str) -> tuple[str, dict[str, Any]]:
     """Return name and options of "name:key=value:key=value", as in "pgd:steps=10:restarts=2" or "file:PATH:draws=3"."""
-    name, *pairs = text.split(":")
+    # The colon of a name such as score=zoo:score-mnist separates nothing.
+    name, *pairs = re.split(r"(?<!=zoo)(?<!=witness):", text)
     if name.strip() == "file" and pairs:
         name, pairs = f"file:{pairs[0]}", pairs[1:]
     if not name.strip():
@@ -214,6 +216,7 @@ class RunFlags:
     out: o.Out = None
     save: o.Save = None
     device: o.Device = "cpu"
+    calibration: o.Calibration = False
     progress: o.Show = o.Progress.bar
     quiet: o.Quiet = False
 

@@ -62,6 +62,17 @@ def _models() -> Table:
     return table
 
 
+def _scores() -> Table:
+    from maodun.zoo.scores import list_scores
+
+    table = _table("score network", "data", "images", "parameters", "here", "what it is")
+    for card in list_scores():
+        path, shape = card.path(), " x ".join(str(side) for side in card.shape)
+        here = "yes" if path is not None and path.is_file() else "no"
+        table.add_row(card.spec, card.data, shape, f"{card.parameters:,}", here, card.summary)
+    return table
+
+
 def _data() -> Table:
     from maodun.zoo.data import list_data
 
@@ -108,6 +119,7 @@ def show(thing: str, folder: str | None = None) -> None:
         "attacks": _attacks,
         "defenses": _defenses,
         "models": _models,
+        "scores": _scores,
         "data": _data,
         "recipes": _recipes,
     }

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from maodun.app.consoles import console
 from maodun.app.endings import Interrupted
 from maodun.core.errors import InputError
+
+if TYPE_CHECKING:
+    from maodun.zoo.cards import Measured
 
 _TELL_EVERY = 30.0
 
@@ -16,12 +21,10 @@ def train(
 ) -> None:
     """Train `recipe` into the folder `out`, a line per epoch on standard error, then what was measured.
 
-    A recipe that names an attack at its top level trains that, one that names a text is a text experiment; any other
-    trains a model and writes its card.
+    A recipe that names an attack at its top level trains that, one that has a score a score network, one that names a
+    text is a text experiment; any other trains a model and writes its card.
     """
-    from maodun.arena import train as room
     from maodun.arena.text_recipe import trains_text
-    from maodun.arena.train_recipe import load_train_recipe, trains_attack
 
     if trains_text(recipe):
         if seed is not None or tensorboard:
@@ -49,20 +52,7 @@ def train(
             watch.print(f"step {done} of {steps}")
 
     try:
-        if trains_attack(recipe):
-            if seed is not None or tensorboard:
-                raise InputError("--seed and --tensorboard", "are for recipes that train a model", "leave them out")
-            from maodun.arena.train_universal import train_attack
-
-            trained = train_attack(recipe, out, on_epoch=epoch, on_step=step, resume=resume)
-            where, measured = f"{trained.file}  (use it as --attack file:{trained.file})", trained.measured
-        else:
-            described = load_train_recipe(recipe)
-            names["score"] = "robust validation accuracy" if described.select else "validation accuracy"
-            made = room.train(
-                recipe, out, on_epoch=epoch, on_step=step, resume=resume, seed=seed, tensorboard=tensorboard
-            )
-            where, measured = f"{made.weights}  (card: {made.card_file})", made.card.measured
+        where, measured = _made(recipe, out, names, epoch, step, resume=resume, seed=seed, tensorboard=tensorboard)
     except KeyboardInterrupt:
         raise Interrupted(f"what was done is kept in {out}, the same command line resumes") from None
     if not quiet:
@@ -71,3 +61,37 @@ def train(
         for number in measured:
             span = "" if number.low is None or number.high is None else f" [{number.low:.4f}, {number.high:.4f}]"
             say.print(f"{number.metric}: {number.value:.4f}{span}, n = {number.n}, seed {number.seed}", soft_wrap=True)
+
+
+def _made(
+    recipe: str,
+    out: str,
+    names: dict[str, str],
+    epoch: Callable[[dict[str, float | str]], None],
+    step: Callable[[int, int], None],
+    *,
+    resume: bool,
+    seed: int | None,
+    tensorboard: bool,
+) -> tuple[str, Sequence[Measured]]:
+    """Train and return where the result lies, in words, and what was measured; `names` learns what a score is."""
+    from maodun.arena import train as room
+    from maodun.arena.train_recipe import load_train_recipe, trains_attack
+    from maodun.arena.train_score import train_score, trains_score
+
+    of_score, of_attack = trains_score(recipe), trains_attack(recipe)
+    if (of_score or of_attack) and (seed is not None or tensorboard):
+        raise InputError("--seed and --tensorboard", "are for recipes that train a model", "leave them out")
+    if of_score:
+        names["score"] = "minus the validation loss"
+        learnt = train_score(recipe, out, on_epoch=epoch, on_step=step, resume=resume)
+        return f"{learnt.file}  (card: {learnt.card_file})", learnt.measured
+    if of_attack:
+        from maodun.arena.train_universal import train_attack
+
+        trained = train_attack(recipe, out, on_epoch=epoch, on_step=step, resume=resume)
+        return f"{trained.file}  (use it as --attack file:{trained.file})", trained.measured
+    described = load_train_recipe(recipe)
+    names["score"] = "robust validation accuracy" if described.select else "validation accuracy"
+    made = room.train(recipe, out, on_epoch=epoch, on_step=step, resume=resume, seed=seed, tensorboard=tensorboard)
+    return f"{made.weights}  (card: {made.card_file})", made.card.measured

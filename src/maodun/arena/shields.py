@@ -16,13 +16,21 @@ from maodun.core.sizing import metered
 if TYPE_CHECKING:
     from maodun.defenses import Defense
 
+# The clean images that a defence may learn from.
+_CLEAN = 2000
+
 
 def shield_model(spec: ShieldSpec, device: torch.device, given: nn.Module | None = None) -> tuple[nn.Module, str]:
-    """Return the defended model of a shield on `device`, and the digest of the classifiers' weights.
+    """Return the defended model of a shield on `device`, and the digest of the weights in it, score networks' too.
 
     `given` is the classifier instead of the one that is specified. InputError for a model or defence that cannot be,
     defences that cannot stand in their order, and a subset that its members do not make.
     """
+    model, digest = _shield_model(spec, device, given)
+    return model, _with_scores(model, digest)
+
+
+def _shield_model(spec: ShieldSpec, device: torch.device, given: nn.Module | None) -> tuple[nn.Module, str]:
     if not spec.members:
         return _classifier(spec, device, given)
     if given is not None:
@@ -33,6 +41,18 @@ def shield_model(spec: ShieldSpec, device: torch.device, given: nn.Module | None
     committee = Committee([model for model, _ in pairs], fusion=spec.fusion, subset=spec.subset).to(device).eval()
     digest = hashlib.sha256("".join(each for _, each in pairs).encode()).hexdigest()
     return behind(spec.parts, committee, device), digest
+
+
+def _with_scores(model: nn.Module, digest: str) -> str:
+    """Return the digest of a shield's classifiers and score networks; the classifiers' own where it has none of these.
+
+    Two score networks are two shields: a run that is continued has to meet the one it was begun with.
+    """
+    from maodun.defenses.purification import Denoiser
+
+    inside = (getattr(module, "denoiser", None) for module in model.modules())
+    scores = [_digest(each) for each in inside if isinstance(each, Denoiser)]
+    return hashlib.sha256("".join([digest, *scores]).encode()).hexdigest() if scores else digest
 
 
 def _classifier(spec: MemberSpec, device: torch.device, given: nn.Module | None) -> tuple[nn.Module, str]:
@@ -62,10 +82,15 @@ def behind(parts: tuple[DefensePart, ...], model: nn.Module, device: torch.devic
 
 
 def build_part(part: DefensePart) -> Defense:
-    """Return one defence; InputError for unknown names and options."""
+    """Return one defence; InputError for unknown names and options, and for score networks that are not there."""
     from maodun.defenses import build_defense
 
-    return build_defense(part.name, **part.options)
+    options = dict(part.options)
+    if isinstance(options.get("score"), str):
+        from maodun.zoo.scores import find_score
+
+        options["score"] = find_score(options["score"])
+    return build_defense(part.name, **options)
 
 
 def about_shield(spec: ShieldSpec) -> dict[str, str]:

@@ -88,6 +88,16 @@ class ScoreRecipe(_Part):
     card: ScoreCardSpec
 
 
+def trains_score(path: str | Path) -> bool:
+    """Tell whether the YAML file at `path` describes a score network: its top level has a `score`."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        # Whoever loads it next says what is wrong.
+        return False
+    return isinstance(content, dict) and "score" in content
+
+
 @dataclass(frozen=True)
 class ScoreResult:
     """What a recipe made: the network as the file holds it, the files, what was measured, and how the epochs went."""

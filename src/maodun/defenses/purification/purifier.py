@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from maodun.core import context
 from maodun.core.errors import InputError
+from maodun.core.sizing import refuse_unless_smaller_fits, release
+from maodun.core.streams import Stream
 from maodun.defenses.preprocessing.base import Defense, DefenseSpec
 from maodun.defenses.purification.denoiser import Denoiser
 from maodun.defenses.purification.levels import CLEAN, Levels, parse_levels, vp_discrete
@@ -17,6 +20,7 @@ from maodun.defenses.purification.loading import load_score
 from maodun.defenses.purification.presets import find_sampler
 from maodun.defenses.purification.replay import Replay, Way
 from maodun.defenses.purification.samplers import Sampler, State
+from maodun.defenses.purification.solvers import EulerMaruyama
 
 
 class DiffusionFilter(Defense):
@@ -86,6 +90,22 @@ class DiffusionFilter(Defense):
         finally:
             self.path = path
 
+    @contextmanager
+    def adjoint_process(self, steps: int) -> Iterator[None]:
+        """Solve the reverse equation in `steps` steps (0: its own) with the continuous adjoint for a derivative.
+
+        For as long as the context lasts, whatever the filter's sampler and guidance are.
+        """
+        from maodun.defenses.purification.adjoint import ReverseEquation
+
+        path, gradient = self.path, self.gradient
+        self.path = EulerMaruyama().grid(path[0], steps or self.steps)
+        self.gradient = ReverseEquation(self.denoiser, self.levels)
+        try:
+            yield
+        finally:
+            self.path, self.gradient = path, gradient
+
     def guide(self, x: Tensor) -> State:
         """Return what every move looks at besides the state, as a differentiable function of `x`: here nothing."""
         del x
@@ -120,6 +140,37 @@ class DiffusionFilter(Defense):
         with context.ensured(x):
             u = self.gradient.run(self, tuple(self.moves()), (2.0 * x - 1.0,), self.guide(x))
         return ((u + 1.0) / 2.0).clamp(0.0, 1.0)
+
+    def attach(self, model: nn.Module) -> None:
+        """Refuse a classifier that declares inputs outside of [0, 1] (`bounds`, as foolbox's models have them)."""
+        bounds = getattr(model, "bounds", None)
+        if bounds is not None and tuple(float(edge) for edge in bounds) != (0.0, 1.0):
+            reason = f"takes inputs in [{float(bounds[0]):g}, {float(bounds[1]):g}], and the filter hands on [0, 1]"
+            raise InputError("classifier", reason, "put the scaling inside the model")
+
+    def purify(self, x: Tensor, seed: int = 0, ids: Tensor | None = None, batch_size: int = 64) -> Tensor:
+        """Return the purified images of `x` (N x C x H x W in [0, 1]), without gradients.
+
+        Noise is a function of `seed` and of the sample `ids` (N,), by default 0, 1, 2, ... At most `batch_size` images
+        at a time, fewer when memory runs out; InputError when not even one fits, and for values outside of [0, 1].
+        """
+        if x.numel() and not bool(((x >= 0.0) & (x <= 1.0)).all()):
+            raise InputError("images", "hold values outside of [0, 1]", "scale them to [0, 1]")
+        numbers = torch.arange(x.shape[0], device=x.device) if ids is None else ids.to(x.device)
+        out, done, rows = torch.empty_like(x), 0, max(1, batch_size)
+        with torch.no_grad():
+            while done < x.shape[0]:
+                part = slice(done, done + rows)
+                try:
+                    with context.draw(Stream(seed, "purify"), numbers[part], torch.zeros_like(numbers[part])):
+                        out[part] = self(x[part])
+                except (RuntimeError, MemoryError) as error:
+                    refuse_unless_smaller_fits(error, min(rows, x.shape[0] - done))
+                    release(x.device)
+                    rows = max(1, rows // 2)
+                    continue
+                done += rows
+        return out
 
     def answer(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return the logits of `model` behind the filter; with votes, the log of the mean probabilities."""
