@@ -12,6 +12,7 @@ from maodun.defenses.masking import MASKS
 from maodun.defenses.preprocessing import PREPROCESSORS
 from maodun.defenses.preprocessing.base import Defense
 from maodun.defenses.purification import DiffusionFilter
+from maodun.defenses.purification import PURIFIERS
 from maodun.defenses.smoothing.noise import GaussianNoise
 
 _ALL: tuple[type[Defense], ...] = (*PREPROCESSORS, GaussianNoise, DiffusionFilter, *MASKS, *DETECTORS)

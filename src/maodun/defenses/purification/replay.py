@@ -138,7 +138,7 @@ class _Kept:
         return torch.empty_strided(form.shape, form.stride(), dtype=form.dtype).copy_(flat)
 
 
-class _Scene:
+class Scene:
     """The surroundings of a forward pass that a backward pass has to find again: the draw and autocast."""
 
     def __init__(self, x: Tensor) -> None:
@@ -166,7 +166,7 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx: Any, how: Replay, chain: Chain, moves: tuple[Move, ...], width: int, *inputs: Tensor) -> Tensor:
         start, guide = inputs[:width], inputs[width:]
         ctx.how, ctx.chain, ctx.moves, ctx.width = how, chain, moves, width
-        ctx.scene, ctx.kept = _Scene(start[0]), _Kept(how.keep)
+        ctx.scene, ctx.kept = Scene(start[0]), _Kept(how.keep)
         ctx.save_for_backward(*guide)
         state: State = start
         ctx.kept.put(state)
@@ -220,4 +220,4 @@ def _step_back(
     return tuple(by_id.get(id(each)) for each in state), tuple(by_id.get(id(each)) for each in guide)
 
 
-__all__ = ["Chain", "Plain", "Replay", "ReplayError", "Way", "move"]
+__all__ = ["Chain", "Plain", "Replay", "ReplayError", "Scene", "Way", "move"]
