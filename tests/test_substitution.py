@@ -54,7 +54,7 @@ def test_greedy_finds_the_best_budget_of_a_linear_model():
         sign = 1 if int(label) == 0 else -1
         gains = []
         for word in row[row != 0].tolist():
-            options = [sign * float(model.weights[o] - model.weights[word]) for o in TABLE[word].tolist() if o >= 0]
+            options = [sign * (model.weights[o] - model.weights[word]).item() for o in TABLE[word].tolist() if o >= 0]
             gains.append(max([0.0, *options]))
         budget = max(1, int(0.4 * len(gains) + 1e-9))
         start = sign * float(model(row[None])[0, 1])
@@ -98,6 +98,16 @@ def test_a_beam_finds_what_greed_misses_and_keeps_different_sentences():
     assert sorted(set(found.tokens[0].tolist())) == [6, 7, 11]
     every = list(itertools.product([2, 5, 6], [3, 7]))
     assert int(found.queries) <= 1 + 3 + 3 * len(every)
+
+
+def test_two_beams_that_meet_in_one_sentence_keep_a_second():
+    tokens, beams = torch.tensor([[2, 3, 11, 11]]), torch.tensor([[[6, 3, 11, 11], [2, 7, 11, 11]]])
+    made, best, asked = Substitution(share=0.5, beam=2)._widen(
+        Pairs(torch.zeros(V)), beams, tokens, torch.tensor([1]), TABLE
+    )
+    assert made[0, 0].tolist() == [6, 7, 11, 11]
+    assert made[0, 1].tolist() != [6, 7, 11, 11]
+    assert (best.item(), asked.item()) == (1.0, 3)
 
 
 def test_wrong_sentences_are_left_alone_and_count():
