@@ -76,4 +76,5 @@ Out = Annotated[str | None, _flag(_RUN, "The run's folder (any fsspec path); the
 Show = Annotated[Progress, _flag(_RUN, "How progress is shown, on standard error.", "--progress")]
 Quiet = Annotated[bool, _flag(_RUN, "No progress and no table: only errors.", "--quiet", "-q")]
 Save = Annotated[Pictures | None, _flag(_RUN, "Save adversarial inputs: png (8 bit) or npz (float32).")]
+Calibration = Annotated[bool, _flag(_RUN, "Also print what confidence is worth, clean and attacked.", "--calibration")]
 Diagnostics = Annotated[bool, _flag(_RUN, "Run the cheap suspicion checks.", "--diagnostics/--no-diagnostics")]

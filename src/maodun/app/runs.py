@@ -81,7 +81,7 @@ def _show(summary: RunSummary, run: RunFlags, *, matrix: bool = False) -> None:
     from maodun.report.terminal import summary_view
 
     if not run.quiet:
-        console().print(summary_view(summary, matrix=matrix))
+        console().print(summary_view(summary, matrix=matrix, calibrated=run.calibration))
 
 
 def _bill(met: Arena, run: RunFlags, out: str) -> None:

@@ -131,25 +131,34 @@ def _marks(summary: RunSummary, norm: str, x_max: float) -> tuple[tuple[float, s
 def reliability_charts(summary: RunSummary) -> list[tuple[Chart, bool]]:
     """Return accuracy against confidence per shield: (chart, is it the shield's strongest spear) pairs.
 
-    Each chart shows the clean predictions beside those under one spear; marker areas grow with the share of
-    samples in a bin, and empty bins are left out.
+    Each chart shows the clean predictions beside those under one spear; the next chart shows the same after the
+    temperature that suits the clean ones. Marker areas grow with the share of samples in a bin, and empty bins are left
+    out.
     """
     found = []
     for shield in dict.fromkeys(each.shield for each in summary.reliability):
         own = [each for each in summary.reliability if each.shield == shield]
-        clean = next((each for each in own if each.kind == "clean"), None)
         attacked = [each for each in own if each.kind != "clean"]
-        chosen = [each for each in attacked if _is_strongest(summary, each)] or attacked[:1]
-        if not attacked and clean is not None:
-            found.append((_reliability(shield, [("clean", clean)]), True))
         threats = len({(each.norm, each.eps, each.targeted) for each in attacked})
+        chosen = [each for each in attacked if _is_strongest(summary, each)] or attacked[:1]
+        strongest = {(each.spear, each.norm, each.eps, each.targeted) for each in chosen}
+        clean = [each for each in own if each.kind == "clean"]
+        if not attacked:
+            found += [(_reliability(_warm(shield, each), [("clean", each)]), True) for each in clean]
         for each in attacked:
             title = f"{shield}, {each.spear}"
             if threats > 1:
                 title += f", {threat_sign(each.norm, each.eps, targeted=each.targeted)}"
-            pairs = [("clean", clean), ("under attack", each)] if clean is not None else [("under attack", each)]
-            found.append((_reliability(title, pairs), any(each is one for one in chosen)))
+            same = [one for one in clean if (one.temperature is None) == (each.temperature is None)]
+            pairs = [*(("clean", one) for one in same[:1]), ("under attack", each)]
+            main = (each.spear, each.norm, each.eps, each.targeted) in strongest
+            found.append((_reliability(_warm(title, each), pairs), main))
     return found
+
+
+def _warm(title: str, each: Reliability) -> str:
+    """Return the title with the temperature, where there is one."""
+    return title if each.temperature is None else f"{title}, after T = {each.temperature:.3g}"
 
 
 def _is_strongest(summary: RunSummary, each: Reliability) -> bool:

@@ -54,6 +54,10 @@ class Row:
     seconds: float | None = None
     ece_clean: float | None = None
     ece_adversarial: float | None = None
+    over_clean: float | None = None
+    over_adversarial: float | None = None
+    under_clean: float | None = None
+    under_adversarial: float | None = None
     reference: bool = True
     strongest: str = ""
     command: str = ""
@@ -102,6 +106,10 @@ def _cell_row(summary: RunSummary, cell: CellSummary) -> Row:
         seconds=cell.seconds,
         ece_clean=clean.ece if clean else None,
         ece_adversarial=attacked.ece if attacked else None,
+        over_clean=clean.over if clean else None,
+        over_adversarial=attacked.over if attacked else None,
+        under_clean=clean.under if clean else None,
+        under_adversarial=attacked.under if attacked else None,
         reference=cell.reference,
         strongest="",
         command=cell.command,

@@ -10,7 +10,7 @@ from importlib import metadata, resources
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from maodun.report import view, words
+from maodun.report import calibration, view, words
 from maodun.report.charts import Chart, reliability_charts, security_charts, style, styles, to_plotly
 from maodun.report.files import need, write_text
 from maodun.report.ladder import resubmission_charts
@@ -63,6 +63,9 @@ def report_html(summary: RunSummary, run_dir: str | Path, *, light: bool = False
         "reliability": [figures.add(chart) for chart, main in reliability if main],
         "reliability_more": [figures.add(chart) for chart, main in reliability if not main],
         "reliability_legend": [("clean", sample(style(0))), ("under attack", sample(style(1)))],
+        "calibration": calibration.lines(summary),
+        "calibration_headers": calibration.HEADERS,
+        "calibration_words": calibration.spelled,
         "pictures": _albums(pictures),
         "pictures_missing": missing,
         "findings": words.merged(summary.findings),

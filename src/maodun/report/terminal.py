@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from maodun.report import calibration
 from maodun.report.ladder import ladder_tables
 from maodun.report.view import matrices
 from maodun.report.words import NOTHING, by_urgency, count, interval, number, percent, rate, shorter, threat
@@ -114,6 +115,16 @@ def worst_table(summary: RunSummary) -> Table:
     return table
 
 
+def calibration_table(summary: RunSummary) -> Table:
+    """Return a row per shield and set of inputs, clean and attacked: what confidence is worth."""
+    table = _table("calibration, [95 % bootstrap]", ("shield", "inputs"), calibration.HEADERS)
+    for line in calibration.lines(summary):
+        inputs = f"{line.inputs} {line.threat}".rstrip()
+        table.add_row(Text(line.shield), Text(inputs), *calibration.spelled(line))
+    table.caption = "over + under = ECE; T is fitted on clean inputs, each half of the samples on the other"
+    return table
+
+
 def finding_line(finding: Finding) -> Text:
     """Return a finding as one line: level, where, the sentence and the next action."""
     where = finding.shield + (f" / {finding.spear}" if finding.spear else "")
@@ -126,15 +137,19 @@ def gradient_line(shield: str, why: str) -> Text:
     return Text("gradient: ", style="cyan").append(f"{shield}: {why}", style="default")
 
 
-def summary_view(summary: RunSummary, *, findings: bool = True, matrix: bool = False) -> Group:
+def summary_view(
+    summary: RunSummary, *, findings: bool = True, matrix: bool = False, calibrated: bool = False
+) -> Group:
     """Return everything a terminal shows about a run, ready for `Console.print`.
 
-    Cells (as a matrix per threat when `matrix`), worst cases, why the plan chose its gradients, and, when `findings`,
-    those that ask for something, alarms first, with a count of the checks that passed.
+    Cells (as a matrix per threat when `matrix`), calibration when `calibrated`, worst cases, why the plan chose its
+    gradients, and, when `findings`, those that ask for something, alarms first, with a count of the checks that passed.
     """
     parts: list[RenderableType] = []
     if summary.cells:
         parts += matrix_tables(summary) if matrix else [cells_table(summary)]
+    if calibrated:
+        parts.append(calibration_table(summary))
     parts += ladder_tables(summary)
     parts += transfer_tables(summary)
     if summary.worst:
