@@ -16,6 +16,7 @@ NAMES = {
     "autoattack", "autoattack-plus", "autoattack-rand", "sharp", "stadv", "lavan", "rays", "hopskipjump", "nes",
     "spsa", "simba", "bandits", "boundary", "geoda", "transfer", "dr", "nrdm", "ssp", "fia", "ila", "relation", "jsma",
     "diffhammer",
+    "maxconf",
     "orthogonal",
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ _ROOMS = {
     "gradient.pgd": ("fgsm", "bim", "pgd", "mifgsm", "nifgsm"),
     "gradient.apgd": ("apgd", "apgd-t"),
     "gradient.diffhammer": ("diffhammer",),
+    "gradient.confident": ("maxconf",),
     "gradient.orthogonal": ("orthogonal",),
     "minimum.deepfool": ("deepfool",),
     "minimum.cw": ("cw",),
