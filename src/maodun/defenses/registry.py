@@ -11,11 +11,18 @@ from maodun.defenses.detection import DETECTORS
 from maodun.defenses.masking import MASKS
 from maodun.defenses.preprocessing import PREPROCESSORS
 from maodun.defenses.preprocessing.base import Defense
-from maodun.defenses.purification import DiffusionFilter
-from maodun.defenses.purification import PURIFIERS
-from maodun.defenses.smoothing.noise import GaussianNoise
+from maodun.defenses.purification import PURIFIERS, DiffusionFilter
+from maodun.defenses.smoothing import Denoise, GaussianNoise
 
-_ALL: tuple[type[Defense], ...] = (*PREPROCESSORS, GaussianNoise, DiffusionFilter, *MASKS, *DETECTORS)
+_ALL: tuple[type[Defense], ...] = (
+    *PREPROCESSORS,
+    GaussianNoise,
+    Denoise,
+    DiffusionFilter,
+    *PURIFIERS,
+    *MASKS,
+    *DETECTORS,
+)
 DEFENSES: dict[str, type[Defense]] = {each.name: each for each in _ALL}
 
 
