@@ -94,7 +94,7 @@ def test_healthy_model_raises_no_alarm(healthy: tuple[Linear, Dataset]) -> None:
     assert set(levels(found).values()) <= {"ok", "note"}, found
     assert set(found) == {
         "zero_gradient", "eps_zero", "unconstrained", "monotone", "one_step", "black_box", "loss_gap",
-        "logit_scale", "cost",
+        "logit_scale", "finite_differences", "unstable", "incomplete", "silent_success", "verdict", "cost",
     }  # fmt: skip
 
 
@@ -367,5 +367,5 @@ def test_a_norm_without_trials_says_so_and_runs():
         )
         made = prepare(recipe, f"memory://diagnostics/{uuid.uuid4().hex}", models={"shield": model}, data=data)
         found = {each.name: each for each in diagnostics.diagnose(made, made.shields["shield"])}
-        assert set(found) == {"zero_gradient", "trials", "cost"}
+        assert set(found) == {"zero_gradient", "finite_differences", "trials", "cost"}
         assert norm in found["trials"].sentence and found["trials"].level == "note"

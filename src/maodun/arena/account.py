@@ -15,7 +15,7 @@ from maodun.arena import metrics
 from maodun.arena.calibrated import Calibration, profile, tempered_probs
 from maodun.arena.calibration import equal_width
 from maodun.arena.crosscheck import cross_check
-from maodun.arena.diagnostics import findings_name
+from maodun.arena.diagnostics import diagnosis_name, findings_name
 from maodun.arena.ladder import ladders, weak_rungs
 from maodun.arena.plan import clean_folder
 from maodun.arena.refusals import refusals, rejection
@@ -23,6 +23,7 @@ from maodun.arena.store import Store, part_name
 from maodun.arena.summary import (
     CellSummary,
     Curve,
+    Diagnosis,
     Finding,
     Picture,
     Reliability,
@@ -92,6 +93,7 @@ def account(store: Store | str) -> RunSummary:
         ],
         pictures=[picture for records in cells for picture in _pictures(store, records)],
         ladders=rungs,
+        diagnoses=_diagnoses(store, manifest),
     )
 
 
@@ -145,6 +147,12 @@ class _CleanProfiles:
         if key not in self._known:
             self._known[key] = profile(*records.in_order("clean_probs", "label"))
         return self._known[key]
+
+
+def _diagnoses(store: Store, manifest: dict[str, Any]) -> list[Diagnosis]:
+    """Return the stored diagnoses of all shields; runs of before there were any have none."""
+    names = [diagnosis_name(shield) for shield in manifest["shields"]]
+    return [Diagnosis(**each) for name in names if store.exists(name) for each in json.loads(store.read(name))]
 
 
 def _cell(records: Records, clean: Calibration | None) -> CellSummary:

@@ -10,21 +10,33 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maodun.arena.laboratory import Laboratory, RandomNoise, everything, stronger, trial_threat
+from maodun.arena.indicators import finding, finite_differences, incomplete, silent_success, unstable
+from maodun.arena.laboratory import (
+    STEPS,
+    SUBSET,
+    THOROUGH,
+    Laboratory,
+    RandomNoise,
+    everything,
+    stronger,
+    trial_threat,
+)
 from maodun.arena.metrics import rate
 from maodun.arena.plan import slug
 from maodun.arena.recipe import SpearSpec, format_radius
+from maodun.arena.remedies import Remedy, bare, remedies, twin_attack
 from maodun.arena.setup import Arena, Shield
-from maodun.arena.summary import Finding
+from maodun.arena.summary import Diagnosis, Finding, Trial
+from maodun.arena.verdicts import decide, trial
 from maodun.attacks.gradient.pgd import FGSM, PGD
 from maodun.core.engine import Attack
 
-_STEPS = 20
 _QUERIES = 200
 _TEMPERATURES = (0.01, 0.1, 10.0, 100.0)
 _DISAGREE = 0.1
@@ -36,24 +48,65 @@ def findings_name(shield: str) -> str:
     return f"findings/{slug(shield)}-{hashlib.sha256(shield.encode()).hexdigest()[:6]}.json"
 
 
+def diagnosis_name(shield: str) -> str:
+    """Return the store's name for a shield's diagnoses."""
+    return findings_name(shield).replace("findings/", "diagnoses/", 1)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found out about a shield: a finding per check, and per norm a diagnosis with its trials."""
+
+    findings: list[Finding]
+    diagnoses: list[Diagnosis]
+
+
 def diagnose(arena: Arena, shield: Shield) -> list[Finding]:
+    """Return the findings of `examine`."""
+    return examine(arena, shield).findings
+
+
+def examine(arena: Arena, shield: Shield) -> Examination:
     """Try `shield` under every norm of the recipe, through the gradient estimators of its spears.
 
-    Every estimator has its gradients looked at; the trials with attacks go through the most adaptive one only.
-    Returns one finding per check, and one that says what the checks cost.
+    Every estimator has its gradients looked at; the trials with attacks go through the most adaptive one only, and end
+    in a verdict. The remedies beyond the usual trials are run when a check rings, or when the recipe asks for thorough
+    diagnostics, which look at twice as many samples. Returns one finding per check, and one that says what the
+    checks cost.
     """
-    started, found = time.perf_counter(), []
+    started, found, diagnoses = time.perf_counter(), [], []
     forwards = backwards = 0
     for laboratory in _laboratories(arena, shield):
+        own = []
         for check in LOOKS + (_trials(laboratory) if laboratory.adaptive else ()):
-            finding = check(laboratory)
-            if finding is not None:
-                found.append(finding)
+            told = check(laboratory)
+            if told is not None:
+                own.append(told)
+        if laboratory.adaptive and laboratory.threat.norm in PGD.norms:
+            diagnosis, verdict = decide(laboratory, own, tried(laboratory, own))
+            diagnoses.append(diagnosis)
+            own.append(verdict)
+        found += own
         forwards, backwards = forwards + laboratory.forwards, backwards + laboratory.backwards
     seconds = time.perf_counter() - started
     sentence = f"These checks cost {forwards} forwards, {backwards} backwards and {seconds:.1f} s in all."
     cost = Finding(name="cost", level="ok", shield=shield.label, spear=None, sentence=sentence, action="")
-    return [*found, *seen_before(arena, shield), cost]
+    return Examination([*found, *seen_before(arena, shield), cost], diagnoses)
+
+
+def tried(lab: Laboratory, found: list[Finding]) -> list[tuple[Trial, Tensor]]:
+    """Return the trials that may show a mask, with who fell: the usual ones, and every remedy where there is reason."""
+    scale, blind = best_temperature(lab), _blind_attack(lab)
+    usual = [
+        Remedy("dlr", "the loss is a ratio of logits (DLR)", lambda: lab.fell(_many("dlr"))),
+        Remedy("logit scale", f"logits are divided by {scale:g}", lambda: lab.fell(_many(), temperature=scale)),
+        Remedy(blind.name, "gradients are not used at all", lambda: lab.fell(blind)),
+    ]
+    doubted = any(each.level in ("alarm", "warning") for each in found)
+    if doubted or lab.arena.recipe.diagnostics == "thorough":
+        usual += remedies(lab)
+        usual += [each for each in [twin_attack(lab)] if each is not None]
+    return [trial(lab, remedy) for remedy in usual]
 
 
 def seen_before(arena: Arena, shield: Shield) -> list[Finding]:
@@ -86,7 +139,11 @@ def _laboratories(arena: Arena, shield: Shield) -> Iterator[Laboratory]:
     best = max((key[1:] for key in first), key=lambda way: (way[0] == "bpda", way[1]), default=None)
     for key, cell in reversed(first.items()):
         threat = trial_threat(cell.threat, arena.data.x)
-        yield Laboratory(shield, threat, arena, cell.spec, None if alone else cell.spear, key[1:] == best)
+        size = THOROUGH if arena.recipe.diagnostics == "thorough" else SUBSET
+        twin = bare(shield.model) or next((each.model for each in arena.surrogates.values()), None)
+        yield Laboratory(
+            shield, threat, arena, cell.spec, None if alone else cell.spear, key[1:] == best, size=size, twin=twin
+        )
 
 
 def _trials(lab: Laboratory) -> tuple[Check, ...]:
@@ -103,20 +160,8 @@ def _way(shield: Shield, spec: SpearSpec) -> tuple[str, int]:
     return spec.gradient if partners else "exact", spec.eot if shield.stochastic else 1
 
 
-def _finding(lab: Laboratory, name: str, level: str, sentence: str, action: str = "") -> Finding:
-    """Return a finding; a set-up that passes needs no action."""
-    return Finding(
-        name=name,
-        level=level,
-        shield=lab.shield.label,
-        spear=lab.spear,
-        sentence=f"{sentence} ({lab.threat.norm}, n = {lab.n}).",
-        action="" if level == "ok" else action,
-    )
-
-
 def _many(loss: str = "ce") -> Attack[Any]:
-    return PGD(steps=_STEPS, loss=loss)
+    return PGD(steps=STEPS, loss=loss)
 
 
 def _suspicion(suspect: Tensor, expected: Tensor) -> tuple[str, int, int]:
@@ -132,7 +177,7 @@ def untried(lab: Laboratory) -> Finding:
     norm = lab.threat.norm
     sentence = f"PGD does not search in {norm}, so only the gradients were looked at, no trial attacks were run"
     action = f"Add a threat in linf, l2 or l1 to the recipe: trials there doubt the same gradients as {norm} uses."
-    return _finding(lab, "trials", "note", sentence, action)
+    return finding(lab, "trials", "note", sentence, action)
 
 
 def zero_gradients(lab: Laboratory) -> Finding:
@@ -140,14 +185,14 @@ def zero_gradients(lab: Laboratory) -> Finding:
     flat = ~(lab.gradients("ce")[0] != 0).any(1)
     count = int(flat.sum())
     if count == 0:
-        return _finding(lab, "zero_gradient", "ok", "The cross-entropy has a gradient on every sample")
+        return finding(lab, "zero_gradient", "ok", "The cross-entropy has a gradient on every sample")
     level = "alarm" if 2 * count >= lab.n else "warning" if 20 * count >= lab.n else "note"
     dead = int((flat & ~(lab.gradients("margin")[0] != 0).any(1)).sum())
     if dead < count:
         sentence = f"The cross-entropy's gradient is exactly zero on {count} samples, the margin's on {dead}"
-        return _finding(lab, "zero_gradient", level, sentence, "Attack with loss dlr or margin, not cross-entropy.")
+        return finding(lab, "zero_gradient", level, sentence, "Attack with loss dlr or margin, not cross-entropy.")
     sentence = f"Every gradient is exactly zero on {count} samples"
-    return _finding(lab, "zero_gradient", level, sentence, _ADAPT)
+    return finding(lab, "zero_gradient", level, sentence, _ADAPT)
 
 
 def draws_agree(lab: Laboratory) -> Finding | None:
@@ -159,7 +204,7 @@ def draws_agree(lab: Laboratory) -> Finding | None:
     draws = lab.spec.eot
     sentence = f"Two gradient estimates of {draws} draws each have a mean cosine of {cosine:.2f}"
     level = "ok" if cosine >= 0.5 else "note" if cosine >= _DISAGREE else "warning"
-    return _finding(lab, "eot_agreement", level, sentence, f"Raise eot above {draws} until the draws agree.")
+    return finding(lab, "eot_agreement", level, sentence, f"Raise eot above {draws} until the draws agree.")
 
 
 def eps_zero(lab: Laboratory) -> Finding:
@@ -170,44 +215,44 @@ def eps_zero(lab: Laboratory) -> Finding:
     good = control == clean if not lab.shield.stochastic else measured.low <= clean / lab.n <= measured.high
     sentence = f"With eps = 0 {control} samples stand, of {clean} that are right without an attack"
     action = "Do not trust the robust accuracy: draws are counted as attacks; use more verdict draws."
-    return _finding(lab, "eps_zero", "ok" if good else "alarm", sentence, action)
+    return finding(lab, "eps_zero", "ok" if good else "alarm", sentence, action)
 
 
 def unconstrained(lab: Laboratory) -> Finding:
     """Does everything fall when the whole box is allowed?"""
     eps = everything(lab.threat, lab.x)
-    standing = lab.n - int(lab.fell(PGD(steps=2 * _STEPS), eps=eps).sum())
+    standing = lab.n - int(lab.fell(PGD(steps=2 * STEPS), eps=eps).sum())
     level = "ok" if standing == 0 else "alarm" if 10 * standing > lab.n else "warning"
-    sentence = f"With every input allowed {standing} samples still stand against {2 * _STEPS} steps"
-    return _finding(lab, "unconstrained", level, sentence, f"The search is misled. {_ADAPT}")
+    sentence = f"With every input allowed {standing} samples still stand against {2 * STEPS} steps"
+    return finding(lab, "unconstrained", level, sentence, f"The search is misled. {_ADAPT}")
 
 
 def monotone(lab: Laboratory) -> Finding:
     """Does a larger radius fell at least as many?"""
     eps = lab.threat.eps
     radii = [eps / 2, eps, min(2 * eps, everything(lab.threat, lab.x))]
-    fell = [lab.fell(_many(), eps=radius) for radius in radii]
+    fell = [lab.plain() if radius == eps else lab.fell(_many(), eps=radius) for radius in radii]
     counts = ", ".join(f"{int(each.sum())} at {format_radius(eps)}" for each, eps in zip(fell, radii, strict=True))
     levels = [_suspicion(small, large)[0] for small, large in itertools.pairwise(fell)]
     level = "alarm" if "alarm" in levels else "note" if "note" in levels else "ok"
     action = "A larger radius must not help the defence: raise the steps, then suspect masked gradients."
-    return _finding(lab, "monotone", level, f"Samples felled by radius: {counts}", action)
+    return finding(lab, "monotone", level, f"Samples felled by radius: {counts}", action)
 
 
 def one_step(lab: Laboratory) -> Finding:
     """Is one step stronger than many?"""
-    level, only, other = _suspicion(lab.fell(FGSM()), lab.fell(_many()))
-    sentence = f"One step fells {only} samples that {_STEPS} steps leave standing, and misses {other}"
+    level, only, other = _suspicion(lab.fell(FGSM()), lab.plain())
+    sentence = f"One step fells {only} samples that {STEPS} steps leave standing, and misses {other}"
     action = f"Iterating should help: lower the step size, add restarts, and suspect masked gradients. {_ADAPT}"
-    return _finding(lab, "one_step", level, sentence, action)
+    return finding(lab, "one_step", level, sentence, action)
 
 
 def black_box(lab: Laboratory) -> Finding:
     """Is an attack without gradients stronger than one with them?"""
     blind = _blind_attack(lab)
-    level, only, other = _suspicion(lab.fell(blind), lab.fell(_many()))
+    level, only, other = _suspicion(lab.fell(blind), lab.plain())
     sentence = f"Without gradients {blind.name} fells {only} samples that PGD leaves standing, and misses {other}"
-    return _finding(lab, "black_box", level, sentence, f"The gradients mislead. {_ADAPT}")
+    return finding(lab, "black_box", level, sentence, f"The gradients mislead. {_ADAPT}")
 
 
 def _blind_attack(lab: Laboratory) -> Attack[Any]:
@@ -222,31 +267,38 @@ def _blind_attack(lab: Laboratory) -> Attack[Any]:
 
 def loss_gap(lab: Laboratory) -> Finding:
     """Does a margin loss see what cross-entropy does not?"""
-    level, only, other = _suspicion(lab.fell(_many("dlr")), lab.fell(_many()))
+    level, only, other = _suspicion(lab.fell(_many("dlr")), lab.plain())
     sentence = f"The DLR loss fells {only} samples that cross-entropy leaves standing, and misses {other}"
     action = "Cross-entropy is blind here: attack with loss dlr or margin, or with autoattack."
-    return _finding(lab, "loss_gap", level, sentence, action)
+    return finding(lab, "loss_gap", level, sentence, action)
 
 
 def logit_scale(lab: Laboratory) -> Finding:
     """Does dividing the logits by a constant, which changes no decision, make the attack stronger?"""
-    plain = lab.fell(_many())
-    fell = {value: lab.fell(_many(), temperature=value) for value in _TEMPERATURES}
-    best = max(fell, key=lambda value: int(fell[value].sum()))
-    level, only, other = _suspicion(fell[best], plain)
+    best = best_temperature(lab)
+    level, only, other = _suspicion(lab.fell(_many(), temperature=best), lab.plain())
     sentence = f"Attacking f / {best:g} fells {only} samples that attacking f leaves standing, and misses {other}"
     action = "The scale of the logits hides gradients: attack with loss dlr or margin, or divide the logits."
-    return _finding(lab, "logit_scale", level, sentence, action)
+    return finding(lab, "logit_scale", level, sentence, action)
+
+
+def best_temperature(lab: Laboratory) -> float:
+    """Return the temperature, of a sweep over four powers of ten, at which PGD fells most."""
+    fell = {value: lab.fell(_many(), temperature=value) for value in _TEMPERATURES}
+    return max(fell, key=lambda value: int(fell[value].sum()))
 
 
 Check = Callable[[Laboratory], Finding | None]
-LOOKS: tuple[Check, ...] = (zero_gradients, draws_agree)
+LOOKS: tuple[Check, ...] = (zero_gradients, draws_agree, finite_differences)
 TRIALS: tuple[Check, ...] = (
     eps_zero,
+    unstable,
+    incomplete,
     unconstrained,
     monotone,
     one_step,
     black_box,
     loss_gap,
     logit_scale,
+    silent_success,
 )

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from maodun.arena.plan import estimator
 from maodun.arena.recipe import SpearSpec, ThreatSpec
 from maodun.arena.setup import Arena, Shield
+from maodun.attacks.gradient.pgd import PGD, PGDState
 from maodun.core.engine import Attack, State
 from maodun.core.estimators import EOT, Estimator
 from maodun.core.losses import get_loss
-from maodun.core.oracle import Oracle
+from maodun.core.oracle import Oracle, is_stochastic
 from maodun.core.problem import Problem
 from maodun.core.rejection import fold, may_reject
 from maodun.core.threat import Threat
 from maodun.core.verdict import fresh_logits, judge
 
 SUBSET = 64
+THOROUGH = 128
+STEPS = 20
 _MOST_DRAWS = 4
 
 
@@ -69,12 +72,34 @@ class Tempered(nn.Module):
         return logits / self.temperature
 
 
+@dataclass(frozen=True, kw_only=True)
+class Traced(PGD):
+    """PGD that keeps what it climbed: per step the row numbers and losses of the samples still searched."""
+
+    history: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False, repr=False)
+
+    def slope(self, problem: Problem, state: PGDState) -> tuple[Tensor, PGDState]:
+        """Return the gradient, and note the losses."""
+        _, losses, gradient = problem.gradient(state.x, self.loss)
+        self.history.append((problem.rows, losses.detach()))
+        return gradient, state
+
+
+@dataclass(frozen=True)
+class Way:
+    """Another way to a gradient: through `model` in the shield's place, by `gradient`; `name` says what is remedied."""
+
+    name: str
+    model: nn.Module
+    gradient: Estimator
+
+
 @dataclass
 class Laboratory:
-    """One shield, one threat and one gradient estimator on the first samples of the run.
+    """One shield, one threat and one gradient estimator on the first `size` samples of the run.
 
-    `spear` names the estimator's owner in findings, `adaptive` tells the one that deserves the long trials.
-    `forwards` and `backwards` add up what the trials cost.
+    `spear` names the estimator's owner in findings, `adaptive` tells the one that deserves the long trials; `twin` is
+    a model to transfer from, if there is one. `forwards` and `backwards` add up what the trials cost.
     """
 
     shield: Shield
@@ -83,16 +108,21 @@ class Laboratory:
     spec: SpearSpec
     spear: str | None
     adaptive: bool = True
+    size: int = SUBSET
+    twin: nn.Module | None = None
     forwards: int = 0
     backwards: int = 0
+    claimed: int = 0
+    refused: int = 0
     _base: dict[Any, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         data, device = self.arena.data, self.arena.device
-        self.x, self.y = data.x[:SUBSET].to(device), data.y[:SUBSET].to(device)
-        self.ids = data.ids[:SUBSET].to(device)
+        self.x, self.y = data.x[: self.size].to(device), data.y[: self.size].to(device)
+        self.ids = data.ids[: self.size].to(device)
         self.n = int(self.y.shape[0])
         self.rule = self.arena.rule(self.shield)
+        self.trace = Traced(steps=STEPS)
 
     @property
     def estimator(self) -> Estimator:
@@ -100,23 +130,35 @@ class Laboratory:
         own = estimator(self.spec)
         return EOT(own.inner, min(own.draws, _MOST_DRAWS)) if isinstance(own, EOT) else own
 
-    def oracle(self, temperature: float = 1.0, *, whole: bool = False) -> Oracle:
-        """Return the shield with divided logits; `whole` keeps all draws of the spear's estimator."""
-        model = self.shield.model if temperature == 1.0 else Tempered(self.shield.model, temperature)
-        gradient = estimator(self.spec) if whole else self.estimator
-        size = self.arena.recipe.compute.batch_size
-        return Oracle(model, gradient=gradient, stochastic=self.shield.stochastic, batch_size=size)
+    def oracle(self, temperature: float = 1.0, *, whole: bool = False, way: Way | None = None) -> Oracle:
+        """Return the shield with divided logits; `whole` keeps all draws of the spear's estimator.
 
-    def fell(self, attack: Attack[Any], eps: float | None = None, temperature: float = 1.0) -> Tensor:
+        `way` replaces model and estimator.
+        """
+        model = self.shield.model if way is None else way.model
+        model = model if temperature == 1.0 else Tempered(model, temperature)
+        gradient = (estimator(self.spec) if whole else self.estimator) if way is None else way.gradient
+        size, random = self.arena.recipe.compute.batch_size, self.shield.stochastic or is_stochastic(model)
+        return Oracle(model, gradient=gradient, stochastic=random, batch_size=size)
+
+    def plain(self) -> Tensor:
+        """Return who falls to the attack that remedies are measured by: PGD on the cross-entropy (n,)."""
+        return self.fell(self.trace)
+
+    def fell(
+        self, attack: Attack[Any], eps: float | None = None, temperature: float = 1.0, way: Way | None = None
+    ) -> Tensor:
         """Attack the subset and return, per fresh verdict, who fell (n,); equal questions are asked once.
 
-        The verdict is on the shield itself, with draws that neither the search nor the main verdict uses.
+        The search goes `way`. The verdict is on the shield itself, with draws that neither the search nor the main
+        verdict uses; `claimed` and `refused` count the successes that searches of the shield itself believed in, and
+        those of them that the verdict did not grant.
         """
-        key = (attack, eps, temperature)
+        key = (attack, eps, temperature, None if way is None else way.name)
         if key not in self._base:
             threat = self.threat if eps is None else self.threat.with_eps(eps)
             # Scores suffice for query attacks; granting gradients does not change what they ask.
-            oracle = dataclasses.replace(self.oracle(temperature), access="gradient")
+            oracle = dataclasses.replace(self.oracle(temperature, way=way), access="gradient")
             seed = self.arena.recipe.seed
             found = attack.run(oracle, self.x, self.y, threat, seed=seed, ids=self.ids, check_model=False)
             verdict = judge(
@@ -133,6 +175,9 @@ class Laboratory:
             self.forwards += int(found.forwards.sum()) + verdict.flags.numel()
             self.backwards += int(found.backwards.sum())
             self._base[key] = verdict.success
+            if way is None:
+                self.claimed += int(found.found.sum())
+                self.refused += int((found.found & ~verdict.success).sum())
         return self._base[key]
 
     def clean_wrong(self) -> Tensor:

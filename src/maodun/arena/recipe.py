@@ -161,7 +161,8 @@ class Recipe(_Part):
     """A whole run: every spear against every shield under every threat on one set of samples.
 
     `shard_size` samples are one unit of resumable work. `adversarials` keeps the adversarial inputs in the
-    store. `diagnostics` runs the cheap suspicion checks on a small fixed subset.
+    store. `diagnostics` runs the cheap suspicion checks on a small fixed subset; "thorough"
+    doubles it and tries every remedy.
     """
 
     name: str = "run"
@@ -173,7 +174,7 @@ class Recipe(_Part):
     verdict: VerdictSpec = VerdictSpec()
     shard_size: int = Field(default=256, ge=1)
     adversarials: bool = True
-    diagnostics: bool = True
+    diagnostics: bool | Literal["thorough"] = True
     compute: ComputeSpec = ComputeSpec()
 
     def identity(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from maodun.arena.diagnostics import diagnose, findings_name
+from maodun.arena.diagnostics import diagnosis_name, examine, findings_name
 from maodun.arena.plan import Unit
 from maodun.arena.progress import Watcher, watcher
 from maodun.arena.recipe import Recipe
@@ -116,7 +116,11 @@ def _diagnose(arena: Arena, watch: Watcher) -> None:
             continue
         watch.unit(f"{shield.label}: diagnostics", 0)
         started = time.perf_counter()
-        findings = diagnose(arena, shield)
+        examined = examine(arena, shield)
+        findings = examined.findings
+        diagnoses = [each.model_dump(mode="json") for each in examined.diagnoses]
+        arena.store.write_json(diagnosis_name(shield.label), diagnoses)
+        # The findings go last: their part is what says that the shield has been looked at.
         arena.store.write_json(name, [finding.model_dump(mode="json") for finding in findings])
         seconds = time.perf_counter() - started
         arena.store.event("diagnosed", shield=shield.label, seconds=round(seconds, 3))

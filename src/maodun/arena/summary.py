@@ -136,6 +136,51 @@ class Finding(_Data):
     action: str
 
 
+class Trial(_Data):
+    """A remedy tried on the first samples: what is left standing, and the sign test that it beats the plain attack.
+
+    `only` fell to the remedy and not to the plain attack, `missed` the other way round.
+    """
+
+    name: str
+    mends: str
+    standing: Rate
+    only: int
+    missed: int
+    p: float
+
+
+class Surface(_Data):
+    """Margins in a plane through a sample: rows along the gradient's steepest direction, columns along a random one.
+
+    `places` are the coordinates of both, in radii; a positive margin is a mistake.
+    """
+
+    sample_id: int
+    places: list[float]
+    margins: list[list[float]]
+
+
+class Diagnosis(_Data):
+    """Whether a shield's number can be believed under one norm: `verdict` is holds, not shown or masked.
+
+    `plain` is what stands against PGD on the cross-entropy, `bound` against all trials together. `agreement` are
+    (step, share) pairs: how often gradient and finite differences of that step agree.
+    """
+
+    shield: str
+    norm: str
+    eps: float
+    verdict: str
+    sentence: str
+    action: str
+    plain: Rate
+    bound: Rate
+    trials: list[Trial]
+    agreement: list[tuple[float, float]]
+    surface: Surface
+
+
 class TransferRow(_Data):
     """What one search sent to every target: `cells` in the order of the matrix's targets, None where not run.
 
@@ -235,6 +280,7 @@ class RunSummary(_Data):
     findings: list[Finding]
     pictures: list[Picture]
     ladders: list[Ladder] = []
+    diagnoses: list[Diagnosis] = []
 
     @property
     def transfer(self) -> list[TransferMatrix]:
