@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gaussians import Gaussian
 from torch import Tensor, nn
 
 from maodun.core import context
 from maodun.core.errors import InputError
 from maodun.core.streams import Stream
 from maodun.defenses import Defended
-from maodun.defenses.purification import CLEAN, SAMPLERS, Denoiser, DiffusionFilter, Levels, vp_discrete
-
-
-class Gaussian(Denoiser):
-    """Pixels that are independent N(mean, spread^2) in [-1, 1] space: the noise's posterior mean in closed form."""
-
-    def __init__(self, mean: float = 0.1, spread: float = 0.3) -> None:
-        super().__init__()
-        self.mean, self.spread = mean, spread
-
-    def forward(self, u: Tensor, t: int, levels: Levels) -> Tensor:
-        scale, sigma = levels.at(t)
-        return sigma * (u - scale * self.mean) / ((scale * self.spread) ** 2 + sigma**2)
+from maodun.defenses.purification import CLEAN, SAMPLERS, DiffusionFilter, vp_discrete
 
 
 def images(n: int, seed: int = 0, shape: tuple[int, ...] = (2, 4, 4)) -> Tensor:

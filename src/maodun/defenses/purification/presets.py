@@ -15,7 +15,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm_solver": DPMSolver(),
     "dpm_solver_sde": DPMSolver(sde=True),
     "heun": Heun(),
-    "heun_churn": Heun(churn=0.2),
+    "heun_churn": Heun(churn=0.5),
     "tweedie": Tweedie(),
 }
 
