@@ -293,3 +293,18 @@ def test_train_writes_weights_and_a_card_and_resumes(maodun: Maodun, tmp_path: P
     assert weights.read_bytes() == before
     words = ("--model", "zoo:digits-cnn", "--weights", weights, "--data", "digits", "--eps", "0.1", "--attack", "fgsm")
     assert maodun("evaluate", *words, "--limit", 60, "--quiet", "--no-diagnostics").code == 0
+
+
+def test_train_makes_every_member_of_a_sweep_once(maodun: Maodun, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "soft.yaml", tmp_path / "out"
+    recipe.write_text(
+        "name: soft-t{temperature}\nsweep: {objective.temperature: [1, 20]}\ndata: {spec: digits, limit: 60}\n"
+        "architecture: digits-cnn\nobjective: {kind: distillation, teacher: 'zoo:digits-cnn'}\n"
+        "fit: {epochs: 1, batch_size: 30}\nmeasure: {limit: 20}\ncard: {summary: s, provenance: p, data: digits}\n"
+    )
+    done = maodun("train", str(recipe), "--out", str(out))
+    assert done.code == 0 and "soft-t1, clean accuracy" in done.out and "soft-t20, clean accuracy" in done.out
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["soft-t1.safetensors", "soft-t20.safetensors"]
+    (out / "soft-t20.yaml").unlink()
+    again = maodun("train", str(recipe), "--out", str(out))
+    assert again.code == 0 and "soft-t1," not in again.out and "soft-t20, clean accuracy" in again.out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maodun.app.consoles import console
@@ -93,5 +94,14 @@ def _made(
         return f"{trained.file}  (use it as --attack file:{trained.file})", trained.measured
     described = load_train_recipe(recipe)
     names["score"] = "robust validation accuracy" if described.select else "validation accuracy"
-    made = room.train(recipe, out, on_epoch=epoch, on_step=step, resume=resume, seed=seed, tensorboard=tensorboard)
-    return f"{made.weights}  (card: {made.card_file})", made.card.measured
+    where, measured = f"each in {out}", []
+    for each in described.each():
+        if described.sweep and resume and (Path(out) / f"{each.name}.yaml").exists():
+            continue  # a member of the sweep that an earlier start has finished
+        made = room.train(
+            each, out, on_epoch=epoch, on_step=step, resume=resume, seed=seed, tensorboard=tensorboard, source=recipe
+        )
+        where = where if described.sweep else f"{made.weights}  (card: {made.card_file})"
+        name = f"{each.name}, " if described.sweep else ""
+        measured += [number.model_copy(update={"metric": name + number.metric}) for number in made.card.measured]
+    return where, measured
