@@ -14,6 +14,7 @@ from maodun.core.errors import InputError, nearest
 from maodun.core.threat import Threat
 from maodun.defenses.training import (
     ACE,
+    ADP,
     AWP,
     DKL,
     MART,
@@ -25,6 +26,7 @@ from maodun.defenses.training import (
     Crafter,
     Free,
     Inner,
+    InputGradient,
     MixedTraining,
     NoisyFGSM,
     Objective,
@@ -91,13 +93,27 @@ class ObjectiveSpec(_Part):
     with the ball of `inner`, whose attack is not used. distillation: a teacher at `temperature` on hard labels, then a
     student at the same temperature on the teacher's soft ones. A finished model named as `teacher` takes the first
     one's place: the net with T times its logits has the very loss at T that it has at 1, so its softmax is the soft
-    label at every T. `options` are the objective's own (beta, alpha, ...).
-    `uad` or `ace` extend it, `awp` wraps the whole.
+    label at every T. With `start` the student, of the teacher's architecture, begins as that net: its last linear layer
+    times T. `options` are the objective's own (beta, alpha, ...).
+    `uad` or `ace` extend it, `awp` wraps the whole. adp: an ensemble trained to differ. gradient: cross-entropy and the
+    squared length of its gradient.
     `ramp` in [0, 1] is the share of the steps over which the inner radius grows to its full size.
     """
 
     kind: Literal[
-        "standard", "noise", "adversarial", "mixed", "trades", "mart", "score", "dkl", "ikl", "free", "distillation"
+        "standard",
+        "noise",
+        "adversarial",
+        "mixed",
+        "trades",
+        "mart",
+        "score",
+        "dkl",
+        "ikl",
+        "free",
+        "distillation",
+        "adp",
+        "gradient",
     ] = "standard"
     inner: InnerAttack | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -106,6 +122,7 @@ class ObjectiveSpec(_Part):
     awp: AWPSpec | None = None
     temperature: float = Field(default=1.0, gt=0)
     teacher: str | None = None
+    start: bool = False
     ramp: float = Field(default=0.0, ge=0, le=1)
     smoothing: float = Field(default=0.0, ge=0, lt=1)
 
@@ -118,6 +135,8 @@ class ObjectiveSpec(_Part):
             raise InputError(f"{source}", f"uad, ace and awp do not extend '{self.kind}'", "use kind adversarial")
         if self.teacher and self.kind != "distillation":
             raise InputError(f"{source}", f"'{self.kind}' has no teacher", "use kind distillation")
+        if self.start and not self.teacher:
+            raise InputError(f"{source}", "nothing to start from", "name a finished teacher, or leave start out")
         if self.uad and self.ace:
             raise InputError(f"{source}", "uad and ace both extend the objective", "keep one of them")
         allowed = _options(self.kind)
@@ -131,6 +150,10 @@ def build_objective(spec: ObjectiveSpec, *, seed: int, per_epoch: int, epochs: i
     """Return the objective of a recipe (distillation, which has two, excepted); one epoch has `per_epoch` steps."""
     if spec.kind == "noise":
         return GaussianAugmentation(smoothing=spec.smoothing, seed=seed, **spec.options)
+    if spec.kind == "adp":
+        return ADP(**spec.options)
+    if spec.kind == "gradient":
+        return InputGradient(smoothing=spec.smoothing, **spec.options)
     if spec.inner is None or spec.kind == "standard":
         return Standard(spec.smoothing)
     threat = Threat(spec.inner.norm, spec.inner.eps)
@@ -170,5 +193,9 @@ def _options(kind: str) -> list[str]:
         return ["replays"]
     if kind == "noise":
         return ["sigma"]
+    if kind == "adp":
+        return ["alpha", "beta"]
+    if kind == "gradient":
+        return ["weight"]
     fixed = {"attack", "smoothing", "improved", "memory"}
     return [name for name in _fields(BASES[kind]) if name not in fixed] if kind in BASES else []

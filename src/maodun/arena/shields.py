@@ -82,15 +82,24 @@ def behind(parts: tuple[DefensePart, ...], model: nn.Module, device: torch.devic
 
 
 def build_part(part: DefensePart) -> Defense:
-    """Return one defence; InputError for unknown names and options, and for score networks that are not there."""
+    """Return one defence; InputError for unknown names and options, and for score networks that are not there.
+
+    One that learns from clean images, and names data rather than a file as `source`, is handed the training split.
+    """
     from maodun.defenses import build_defense
+    from maodun.defenses.preprocessing import Quilting
 
     options = dict(part.options)
     if isinstance(options.get("score"), str):
         from maodun.zoo.scores import find_score
 
         options["score"] = find_score(options["score"])
-    return build_defense(part.name, **options)
+    defense = build_defense(part.name, **options)
+    if isinstance(defense, Quilting) and defense.source and not defense.bank.numel():
+        from maodun.zoo import load_data
+
+        defense.learn(load_data(defense.source, split="train", limit=_CLEAN).x)
+    return defense
 
 
 def about_shield(spec: ShieldSpec) -> dict[str, str]:

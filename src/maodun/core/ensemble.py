@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,23 @@ class Ensemble(nn.Module):
 
     def __len__(self) -> int:
         return len(self.members)
+
+
+@contextmanager
+def member_answers(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect, in order, the answers of every member of the ensemble that `model` is or holds, in one call of it.
+
+    The list fills while the model is called inside the context. InputError when there is no ensemble.
+    """
+    ensemble = next((module for module in model.modules() if isinstance(module, Ensemble)), None)
+    if ensemble is None:
+        raise InputError("model", "has no members", "use an ensemble, or leave out what asks for its members")
+    answers: list[Tensor] = []
+    with ExitStack() as stack:
+        for member in ensemble:
+            handle = member.register_forward_hook(lambda _module, _inputs, output: answers.append(output))
+            stack.callback(handle.remove)
+        yield answers
 
 
 def price_of(model: nn.Module) -> int:

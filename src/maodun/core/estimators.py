@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from maodun.core.ensemble import Ensemble
+from maodun.core.ensemble import member_answers
 from maodun.core.errors import InputError
 from maodun.core.streams import Stream
 
@@ -75,7 +75,7 @@ def _autograd(values: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def _value_and_grads(port: Port, x: Tensor, index: Tensor, heads: Heads, draws: int, members: bool = False) -> Estimate:
-    collected: AbstractContextManager[list[Tensor]] = _answers(port.model) if members else nullcontext([])
+    collected: AbstractContextManager[list[Tensor]] = member_answers(port.model) if members else nullcontext([])
     with torch.enable_grad(), collected as answers:
         x = x.detach().requires_grad_(True)
         logits = port.forward(x, index, draws)
@@ -86,24 +86,6 @@ def _value_and_grads(port: Port, x: Tensor, index: Tensor, heads: Heads, draws: 
         port.count_backward(index, values.shape[1], draws)
         grads = _autograd(values, x)
     return logits.detach(), values.detach(), grads
-
-
-@contextmanager
-def _answers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the answers of every member of the ensemble that `model` is or holds, for as long as the context lasts.
-
-    InputError when there is no ensemble.
-    """
-    ensemble = next((module for module in model.modules() if isinstance(module, Ensemble)), None)
-    if ensemble is None:
-        raise InputError("members true", "the model has no members", "leave it out, or defend with an ensemble")
-    answers: list[Tensor] = []
-    with ExitStack() as stack:
-        for member in ensemble:
-            # Read by the loop before the next call of the model: one entry per member, in order.
-            handle = member.register_forward_hook(lambda _module, _inputs, output: answers.append(output))
-            stack.callback(handle.remove)
-        yield answers
 
 
 @dataclass(frozen=True)

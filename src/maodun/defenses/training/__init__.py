@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from maodun.defenses.training.ace import ACE, calibration_term, complement_term, entropy_term
+from maodun.defenses.training.adp import ADP
 from maodun.defenses.training.adversarial import Adversarial
 from maodun.defenses.training.augment import CutMix, NoAugmentation, ShiftFlip
 from maodun.defenses.training.awp import AWP
@@ -18,6 +19,7 @@ from maodun.defenses.training.embedding import (
 from maodun.defenses.training.fast import Free, NoisyFGSM
 from maodun.defenses.training.fit import FitReport, fit, split_holdout
 from maodun.defenses.training.inner import Inner
+from maodun.defenses.training.input_gradient import InputGradient
 from maodun.defenses.training.mart import MART
 from maodun.defenses.training.objective import Batch, Crafter, Objective, Standard
 from maodun.defenses.training.pgd_at import AdversarialTraining, MixedTraining
@@ -28,6 +30,7 @@ from maodun.defenses.training.uad import UAD
 
 __all__ = [
     "ACE",
+    "ADP",
     "AWP",
     "DKL",
     "MART",
@@ -47,6 +50,7 @@ __all__ = [
     "FitSettings",
     "Free",
     "Inner",
+    "InputGradient",
     "MixedTraining",
     "NoAugmentation",
     "NoisyFGSM",

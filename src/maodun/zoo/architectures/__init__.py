@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from maodun.core.ensemble import Ensemble
 from maodun.core.errors import InputError, nearest
 from maodun.zoo.architectures.digits_cnn import DigitsCNN
 from maodun.zoo.architectures.families import CCT, VGG, ConvMixer, DenseNet, Inception, MobileNet
@@ -32,6 +33,17 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "cct-small": CCT,
     "convmixer-small": ConvMixer,
 }
+
+
+def ensemble(of: str = "digits-cnn", members: int = 3, fusion: str = "probabilities", **options: Any) -> nn.Module:
+    """Return `members` fresh networks of the architecture `of` that answer as one; `options` are each member's."""
+    if members < 1 or of not in ARCHITECTURES or of == "ensemble":
+        others = [name for name in ARCHITECTURES if name != "ensemble"]
+        raise InputError(f"ensemble of {members} '{of}'", "cannot be built", nearest(of, others))
+    return Ensemble([ARCHITECTURES[of](**options) for _ in range(members)], fusion=fusion)
+
+
+ARCHITECTURES["ensemble"] = ensemble
 
 
 def build_architecture(name: str, options: Mapping[str, Any] | None = None, *, seed: int = 0) -> nn.Module:
