@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from maodun.arena.objectives import build_objective
 from maodun.arena.text_recipe import trains_text
-from maodun.arena.train import train
+from maodun.arena.train import begin_as, train
 from maodun.arena.train_recipe import load_train_recipe, trains_attack
 from maodun.attacks.registry import build_attack
 from maodun.core.errors import InputError
@@ -312,6 +312,7 @@ card: {summary: s, provenance: p, data: digits}
             (("objective.temperature", "fit.rate.peak"), "'fit.rate.peak' leads nowhere"),
             (("[1, 50]", "[1, -5]"), "does not fit"),
             (("distillation,", "standard,"), "'standard' has no teacher"),
+            (("teacher: 'zoo:digits-cnn'", "start: true"), "nothing to start from"),
         ],
     )
     def test_a_sweep_that_cannot_be_meant_is_named(self, tmp_path: Path, change: tuple[str, str], message: str) -> None:
@@ -320,6 +321,15 @@ card: {summary: s, provenance: p, data: digits}
         text += "sweep: {objective.temperature: [1, 50]}\n"
         with pytest.raises(InputError, match=message):
             load_train_recipe(self.write(tmp_path, text.replace(*change)))
+
+    def test_a_student_may_begin_as_its_teacher_with_logits_times_the_temperature(self) -> None:
+        student = load_model("zoo:digits-cnn-at").model
+        begin_as(student, "zoo:digits-cnn", 30.0)
+        x = load_data("digits", limit=20).x
+        with torch.no_grad():
+            assert torch.allclose(student(x), 30.0 * load_model("zoo:digits-cnn").model(x), rtol=1e-4, atol=1e-3)
+        with pytest.raises(InputError):
+            begin_as(build_architecture("vgg-small", {"channels": 1}), "zoo:digits-cnn", 30.0)
 
     def test_a_teacher_of_other_classes_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "wide.py").write_text(

@@ -168,6 +168,8 @@ class _Run:
         if not self.resume:
             checkpoint.unlink(missing_ok=True)
         model = build_architecture(recipe.architecture, recipe.options, seed=seed)
+        if recipe.objective.start:
+            begin_as(model, str(recipe.objective.teacher), recipe.objective.temperature)
         with event_log(self.folder / f"{recipe.name}.{name}.events", wanted=self.tensorboard) as log:
             report = fit(
                 model,
@@ -206,6 +208,20 @@ class _Run:
             if first:
                 writer.writeheader()
             writer.writerow(line)
+
+
+def begin_as(student: nn.Module, teacher: str, temperature: float) -> None:
+    """Give `student` the weights of `teacher`, the last linear layer (its bias too) times `temperature`.
+
+    Raises InputError when their architectures differ or there is no linear layer.
+    """
+    apply_weights(student, load_model(teacher).model.state_dict(), f"student of teacher '{teacher}'")
+    linear = [module for module in student.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise InputError(f"teacher '{teacher}'", "has no linear layer to scale", "leave start out")
+    with torch.no_grad():
+        for parameter in linear[-1].parameters():
+            parameter.mul_(temperature)
 
 
 def class_count(model: nn.Module, x: Tensor) -> int:
