@@ -1,4 +1,4 @@
-"""Selection among draws: the objective never falls, closed forms of agreeing and hopeless draws, then the attack."""
+"""Attacks made for purifiers: selection among draws in closed form, deviation by finite differences, then attacks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from maodun.attacks.registry import build_attack
 from maodun.core import context
 from maodun.core.errors import InputError
 from maodun.core.geometry import unit_l2
+from maodun.core.losses import get_loss
 from maodun.core.oracle import EOT, Oracle
-from maodun.core.selective import Selective
+from maodun.core.selective import Deviating, Selective
+from maodun.core.streams import Stream
 from maodun.core.threat import Threat
 from maodun.core.verdict import Rule, judge
+from maodun.defenses.purification import Denoiser, DiffusionFilter, Levels
 
 
 def chooser(norm: str = "linf", rounds: int = 5, sharpness: float = 5.0) -> Selective:
@@ -116,3 +119,80 @@ class TestAttack:
     def test_bad_input(self, options: dict[str, object], words: str) -> None:
         with pytest.raises(InputError, match=words):
             build_attack("diffhammer", **options)
+
+
+class Gaussian(Denoiser):
+    """The exact denoiser of pixels that are independent normals."""
+
+    def forward(self, u: Tensor, t: int, levels: Levels) -> Tensor:
+        scale, sigma = levels.at(t)
+        return sigma * (u - scale * 0.1) / ((scale * 0.5) ** 2 + sigma**2)
+
+
+def shield(**options: object) -> nn.Module:
+    head = nn.Linear(9, 3)
+    with torch.no_grad():
+        head.weight.copy_(torch.linspace(-1, 1, 27).view(3, 9).sin())
+        head.bias.zero_()
+    filter_ = DiffusionFilter(Gaussian(), **{"t_star": 0.2, "steps": 3, **options})
+    return filter_.wrap(nn.Sequential(nn.Flatten(), head)).eval()
+
+
+class TestDeviation:
+    def test_one_step_in_closed_form_and_the_same_images(self) -> None:
+        x, ids = torch.rand(5, 1, 3, 3, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4, torch.arange(5)
+        filter_ = DiffusionFilter(Gaussian(), t_star=0.2, steps=1, sampler="tweedie")
+        with context.draw(Stream(0, "a"), ids, ids):
+            plain = filter_(x)
+            with filter_.observed() as deviations:
+                seen = filter_(x)
+        assert torch.equal(plain, seen)
+        expected = (2 * plain - 1 - (2 * x - 1)).square().flatten(1).mean(1)
+        assert torch.allclose(deviations[0], expected, atol=1e-6)
+        assert len(deviations) == 1
+
+    def test_gradient_is_that_of_loss_and_deviation(self) -> None:
+        x, ids = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(1)).double(), torch.arange(2)
+        model, weight = shield().double(), 3.0
+        (purifier,) = [module for module in model.modules() if isinstance(module, DiffusionFilter)]
+
+        def total(at: Tensor) -> Tensor:
+            with context.draw(Stream(0, "search"), ids, torch.zeros_like(ids)), purifier.observed() as strayed:
+                logits = model(at)
+                return logits[:, 0] + weight * strayed[0]
+
+        x.requires_grad_(True)
+        (exact,) = torch.autograd.grad(total(x).sum(), x)
+        step = torch.zeros_like(x)
+        step[:, 0, 1, 2] = 1e-6
+        with torch.no_grad():
+            difference = (total(x + step) - total(x - step)) / 2e-6
+        assert torch.allclose(exact[:, 0, 1, 2], difference, rtol=1e-5)
+        (plain,) = torch.autograd.grad(model(x)[:, 0].sum(), x)
+        assert not torch.allclose(exact, plain, rtol=1e-2)
+
+    def test_without_weight_it_is_eot(self) -> None:
+        model, x = shield(), torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(2))
+        rows, y = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+        loss = get_loss("margin")
+        found = []
+        for estimator in (EOT(draws=6), Deviating(0.0, 6), Deviating(5.0, 6)):
+            session = Oracle(model).session(x, rows, 0)
+            found.append(session.estimate(x, rows, lambda z, at: loss(z, y[at], None).unsqueeze(1), estimator)[2][0])
+        assert torch.allclose(found[0], found[1], atol=1e-5)
+        assert not torch.allclose(found[0], found[2], atol=1e-3)
+
+    def test_attacks_a_filter_and_leaves_it_as_it_was(self) -> None:
+        model, x = shield(votes=2), torch.rand(6, 1, 3, 3, generator=torch.Generator().manual_seed(3))
+        y, threat = torch.zeros(6, dtype=torch.int64), Threat("linf", 0.4)
+        ways = [module.gradient for module in model.modules() if isinstance(module, DiffusionFilter)]
+        found = build_attack("diffattack", steps=5, draws=3).run(Oracle(model), x, y, threat)
+        assert bool(threat.contains(found.x_adv, x).all())
+        assert [m.gradient for m in model.modules() if isinstance(m, DiffusionFilter)] == ways
+        before = judge(model, x, x, y, threat).robust.value
+        assert judge(model, found.x_adv, x, y, threat).robust.value <= before
+
+    @pytest.mark.parametrize(("options", "words"), [({"draws": 0}, "draws 0"), ({"weight": -1.0}, "weight -1.0")])
+    def test_bad_input(self, options: dict[str, object], words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            build_attack("diffattack", **options)

@@ -15,7 +15,7 @@ NAMES = {
     "fgsm", "bim", "pgd", "mifgsm", "nifgsm", "apgd", "apgd-t", "deepfool", "cw", "ddn", "fmn", "fab", "square",
     "autoattack", "autoattack-plus", "autoattack-rand", "sharp", "stadv", "lavan", "rays", "hopskipjump", "nes",
     "spsa", "simba", "bandits", "boundary", "geoda", "transfer", "dr", "nrdm", "ssp", "fia", "ila", "relation", "jsma",
-    "diffhammer",
+    "diffhammer", "diffattack",
     "maxconf",
     "orthogonal",
 }  # fmt: skip

@@ -18,7 +18,7 @@ from maodun.core.errors import InputError, nearest
 _ROOMS = {
     "gradient.pgd": ("fgsm", "bim", "pgd", "mifgsm", "nifgsm"),
     "gradient.apgd": ("apgd", "apgd-t"),
-    "gradient.diffhammer": ("diffhammer",),
+    "gradient.diffhammer": ("diffhammer", "diffattack"),
     "gradient.confident": ("maxconf",),
     "gradient.orthogonal": ("orthogonal",),
     "minimum.deepfool": ("deepfool",),

@@ -1,8 +1,9 @@
-"""A gradient for stochastic models that gives up on hopeless draws: expectation and maximisation over the draws."""
+"""Gradients made for purifiers: one that gives up on hopeless draws, one that also leads the purifier astray."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -78,3 +79,45 @@ class Selective:
         scores = [F.elu(self.expected(losses, grads, grads[:, a])).sum(1) for a in range(grads.shape[1])]
         rows = torch.arange(grads.shape[0], device=grads.device)
         return grads[rows, torch.stack(scores).argmax(0)]
+
+
+@dataclass(frozen=True)
+class Deviating:
+    """The mean gradient over `draws` of the loss plus `weight` times how far a purifier strays (DiffAttack).
+
+    A module offers its deviations as a context manager `observed()` that collects one (B,) tensor per call; without any
+    this is EOT. Values and gradients are those of the sum. InputError for no draw.
+    """
+
+    weight: float = 1.0
+    draws: int = 10
+    needs: str = field(default="gradient", init=False)
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise InputError(f"draws {self.draws}", "there has to be at least one", "use 10")
+
+    def estimate(self, port: Port, x: Tensor, index: Tensor, heads: Heads) -> Estimate:
+        """Return mean logits, mean values and mean gradients of the loss with the deviation."""
+        rows, done = x.shape[0], 0
+        sums: list[Tensor] = []
+        with ExitStack() as stack:
+            offers = [getattr(module, "observed", None) for module in port.model.modules()]
+            collected = [stack.enter_context(offer()) for offer in offers if offer is not None]
+
+            def astray(logits: Tensor, at: Tensor) -> Tensor:
+                strayed = [torch.stack(each).mean(0) for each in collected if each]
+                for each in collected:
+                    each.clear()
+                extra = sum(strayed, start=torch.zeros_like(logits[:, 0]))
+                return heads(logits, at) + self.weight * extra.unsqueeze(1)
+
+            while done < self.draws:
+                ahead = min(self.draws - done, max(1, port.batch_size // rows))
+                wide = index.repeat_interleave(ahead)
+                logits, values, grads = _value_and_grads(port, x.repeat_interleave(ahead, 0), wide, astray, ahead)
+                found = [each.reshape(rows, ahead, *each.shape[1:]).sum(1) for each in (logits, values, *grads)]
+                sums = found if not sums else [old + new for old, new in zip(sums, found, strict=True)]
+                done += ahead
+        logits, values, *grads = [each / self.draws for each in sums]
+        return logits, values, grads

@@ -15,6 +15,7 @@ from maodun.core.sizing import refuse_unless_smaller_fits, release
 from maodun.core.streams import Stream
 from maodun.defenses.preprocessing.base import Defense, DefenseSpec
 from maodun.defenses.purification.denoiser import Denoiser
+from maodun.defenses.purification.deviation import Observed
 from maodun.defenses.purification.levels import CLEAN, Levels, parse_levels, vp_discrete
 from maodun.defenses.purification.loading import load_score
 from maodun.defenses.purification.presets import find_sampler
@@ -105,6 +106,16 @@ class DiffusionFilter(Defense):
             yield
         finally:
             self.path, self.gradient = path, gradient
+
+    @contextmanager
+    def observed(self) -> Iterator[list[Tensor]]:
+        """Collect how far each call's way back strays from its way there, (N,) each, for as long as it lasts."""
+        way, observer = self.gradient, Observed()
+        self.gradient = observer
+        try:
+            yield observer.deviations
+        finally:
+            self.gradient = way
 
     def guide(self, x: Tensor) -> State:
         """Return what every move looks at besides the state, as a differentiable function of `x`: here nothing."""
