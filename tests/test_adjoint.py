@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -77,3 +78,47 @@ def test_the_oracle_offers_it_and_gives_the_filter_back() -> None:
         whole.append(oracle.session(x, ids, 0).estimate(x, ids, lambda z, i: z[:, :1])[2][0])
     assert torch.allclose(whole[0], whole[1], atol=1e-5)
     assert filter_.path is path and filter_.gradient is way
+
+
+def test_it_is_torchsdes_adjoint() -> None:
+    """The library that DiffPure was attacked with, on the same equation and Brownian path, to rounding."""
+    torchsde = pytest.importorskip("torchsde")
+    filter_ = DiffusionFilter(Gaussian(), t_star=0.1, steps=20)
+    levels, steps = filter_.levels, 20
+    (_, top), *down = [*filter_.moves()]
+    grid = [levels.moment(top) - levels.moment(t) for t, _ in down] + [levels.moment(top)]
+    index = [t for t, _ in down] + [0]
+
+    def place(tau: Tensor) -> int:
+        return min(range(steps + 1), key=lambda k: abs(grid[k] - float(tau)))
+
+    class Equation(nn.Module):
+        noise_type, sde_type = "diagonal", "ito"
+
+        def f(self, tau: Tensor, y: Tensor) -> Tensor:
+            t = index[place(tau)]
+            drift, square = levels.coefficients(t)
+            return -drift * y - square * filter_.denoiser(y, t, levels) / levels.at(t)[1]
+
+        def g(self, tau: Tensor, y: Tensor) -> Tensor:
+            return torch.full_like(y, levels.coefficients(index[place(tau)])[1] ** 0.5)
+
+    class Path:
+        shape, dtype, device, levy_area_approximation = (2, 9), torch.float64, torch.device("cpu"), "none"
+
+        def __call__(self, a: Tensor, b: Tensor, **_: object) -> Tensor:
+            first, last = place(a), place(b)
+            moved = [noise[i + 1] * (grid[i + 1] - grid[i]) ** 0.5 for i in range(min(first, last), max(first, last))]
+            return sum(moved, torch.zeros(2, 9, dtype=torch.float64)) * (1 if last >= first else -1)
+
+    draws = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, ids = (0.4 + 0.2 * draws).requires_grad_(), torch.arange(2)
+    with context.draw(Stream(0, "test"), ids, torch.zeros_like(ids)):
+        noise = [context.noise(x, f"adjoint-{i}").normal().flatten(1) for i in range(steps + 1)]
+    scale, sigma = levels.at(top)
+    ends = torchsde.sdeint_adjoint(
+        Equation(), scale * (2 * x - 1).flatten(1) + sigma * noise[0], torch.tensor([grid[0], grid[-1]]).double(),
+        bm=Path(), method="euler", adjoint_method="euler", dt=grid[1] - grid[0], adjoint_params=(),
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(((ends[-1] + 1) / 2).clamp(0, 1).sum(), x)
+    assert torch.allclose(grad, gradient(filter_, 0), rtol=1e-10)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maodun.arena.plan import estimator
+from maodun.arena.recipe import SpearSpec
 from maodun.core import context
 from maodun.core.errors import InputError
 from maodun.core.oracle import BPDA, EOT, Adjoint, Exact, Oracle, Surrogate
@@ -120,6 +122,14 @@ def test_when_not_one_sample_fits_it_says_so() -> None:
 def test_a_replayed_filter_is_sized_by_one_step() -> None:
     few, many = (activation_bytes(shield(steps), data()) for steps in (2, 50))
     assert few == many
+
+
+def test_recipes_name_the_modes() -> None:
+    spear = SpearSpec(attack="pgd", gradient="surrogate", gradient_options={"steps": 3}, eot=4)
+    assert estimator(spear) == EOT(Surrogate(3), 4)
+    assert estimator(SpearSpec(attack="pgd", gradient="adjoint")) == Adjoint()
+    with pytest.raises(InputError, match="steps"):
+        estimator(SpearSpec(attack="pgd", gradient="surrogate", gradient_options={"sigma": 3}))
 
 
 def test_any_module_may_offer_a_cheaper_process() -> None:

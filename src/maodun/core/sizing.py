@@ -25,14 +25,16 @@ def metered(model: nn.Module) -> bool:
 def activation_bytes(model: nn.Module, x: Tensor) -> int:
     """Return the bytes of all leaf-module outputs for one sample, measured by one forward of the first row of `x`.
 
-    Inside a module with `replays` = n, whose n evaluations one after the other need the memory of one, a share of them.
+    Inside a module with `replays` = n, whose n evaluations one after the other need the memory of one, a share of them;
+    so too inside the modules that it has `attached`, which it asks as often.
     """
     total = 0.0
     share: dict[int, float] = {}
     for each in model.modules():
         passes: object = getattr(each, "replays", None)
         if isinstance(passes, int):
-            share.update({id(leaf): 1.0 / passes for leaf in each.modules()})
+            inside = [leaf for module in (each, *getattr(each, "attached", ())) for leaf in module.modules()]
+            share.update({id(leaf): 1.0 / passes for leaf in inside})
 
     def note(module: nn.Module, _inputs: object, output: object) -> None:
         nonlocal total
