@@ -15,8 +15,8 @@ from maodun.core.oracle import Oracle
 from maodun.core.status import Status
 from maodun.core.threat import Threat
 
-FORMS = [JSMA(), JSMA(on="probabilities"), JSMA(theta=-1.0), JSMA(maximal=True)]
-FORMS += [JSMA(maximal=True, on="probabilities"), JSMA(theta=0.3)]
+FORMS = [JSMA(), JSMA(outputs="probabilities"), JSMA(theta=-1.0), JSMA(maximal=True)]
+FORMS += [JSMA(maximal=True, outputs="probabilities"), JSMA(theta=0.3)]
 
 
 def _run(attack: JSMA, model: nn.Module, x: Tensor, y: Tensor, eps: float = math.inf, **options):
@@ -95,7 +95,7 @@ def test_on_probabilities_the_pair_is_the_two_steepest_entries():
     probe = x.clone().requires_grad_(True)
     probability = model(probe).softmax(1).gather(1, targets[:, None]).sum()
     slope = torch.autograd.grad(probability, probe)[0].flatten(1)
-    moved = _first_move(JSMA(steps=1, on="probabilities"), model, x, y, targets)
+    moved = _first_move(JSMA(steps=1, outputs="probabilities"), model, x, y, targets)
     changed = (moved != x.flatten(1)).nonzero()[:, 1].reshape(8, 2)
     assert torch.equal(changed.sort(1).values, slope.topk(2, 1).indices.sort(1).values)
 
@@ -166,7 +166,7 @@ def test_a_shift_of_the_logits_and_their_scale_change_nothing():
 def test_probabilities_go_blind_where_the_softmax_is_saturated_and_logits_do_not():
     model = linear(scale=10_000.0)
     x, y = samples(model, 12)
-    blind = _run(JSMA(on="probabilities"), model, x, y)
+    blind = _run(JSMA(outputs="probabilities"), model, x, y)
     assert not blind.found.any() and set(blind.status.tolist()) == {int(Status.zero_gradient)}
     assert torch.equal(blind.x_adv, x)
     assert _run(JSMA(), model, x, y).found.all()
@@ -180,7 +180,7 @@ def test_it_stops_at_the_radius_and_pays_for_what_it_does():
     near = free.found & (free.distance <= 3)
     assert free.found.all() and 0 < int(near.sum()) < 20 and torch.equal(tight.found, near)
     assert int(tight.forwards.sum()) < int(free.forwards.sum()) and float(tight.distance.max()) == 2
-    one = _run(JSMA(on="probabilities", steps=1), model, x, y)
+    one = _run(JSMA(outputs="probabilities", steps=1), model, x, y)
     assert torch.equal(one.backwards, torch.ones(20).long())
 
 
@@ -195,7 +195,7 @@ def test_entries_at_the_wall_are_left_out_and_a_flat_model_is_told():
     assert set(flat.status.tolist()) == {int(Status.zero_gradient)}
 
 
-@pytest.mark.parametrize("options", [{"theta": 0.0}, {"theta": 1.5}, {"steps": 0}, {"on": "softmax"}])
+@pytest.mark.parametrize("options", [{"theta": 0.0}, {"theta": 1.5}, {"steps": 0}, {"outputs": "softmax"}])
 def test_options_that_cannot_be_meant_are_refused(options):
     with pytest.raises(InputError, match=f"option '{next(iter(options))}'"):
         JSMA(**options)

@@ -34,9 +34,9 @@ class JSMA(Attack[JSMAState]):
     lowers); where no pair does both, the one with the largest a > 0 (the published search ends there). Entries at the
     wall of the box are left out. Without a target the label takes its place with the signs turned, as it is to fall
     (NT-JSMA, Wiyatno and Xu, 2018). `maximal` looks at every class and at both directions and takes the best pair of
-    all (M-JSMA, ibid.); no entry ever turns back. `on` says what is differentiated: "logits" (JSMA-Z in Carlini and
-    Wagner, 2017) or "probabilities" (JSMA-F), whose derivatives vanish where softmax is saturated. A sample ends when
-    it is fooled, when no pair is left within the radius, or after `steps` pairs.
+    all (M-JSMA, ibid.); no entry ever turns back. `outputs` says what is differentiated: "logits" (JSMA-Z in Carlini
+    and Wagner, 2017) or "probabilities" (JSMA-F), whose derivatives vanish where softmax is saturated. A sample ends
+    when it is fooled, when no pair is left within the radius, or after `steps` pairs.
 
     The best pair is exact: of d entries only those that at most one other beats in both sums can be in it, and only
     their pairs are compared. Costs per step a forward and two backwards, on probabilities one; untargeted and
@@ -49,7 +49,7 @@ class JSMA(Attack[JSMAState]):
 
     steps: int = 100
     theta: float = 1.0
-    on: Literal["logits", "probabilities"] = "logits"
+    outputs: Literal["logits", "probabilities"] = "logits"
     maximal: bool = False
 
     def __post_init__(self) -> None:
@@ -58,8 +58,8 @@ class JSMA(Attack[JSMAState]):
             raise InputError(
                 f"option 'theta' of {self.name}", f"is {self.theta}", "give a step in [-1, 1] other than 0"
             )
-        if self.on not in ("logits", "probabilities"):
-            raise InputError(f"option 'on' of {self.name}", f"is '{self.on}'", "use logits or probabilities")
+        if self.outputs not in ("logits", "probabilities"):
+            raise InputError(f"option 'outputs' of {self.name}", f"is '{self.outputs}'", "use logits or probabilities")
 
     @property
     def total_steps(self) -> int:
@@ -92,16 +92,16 @@ class JSMA(Attack[JSMAState]):
         aims = problem.y if problem.targets is None else problem.targets
 
         def heads(logits: Tensor, index: Tensor) -> Tensor:
-            outputs = logits.softmax(1) if self.on == "probabilities" else logits
+            outputs = logits.softmax(1) if self.outputs == "probabilities" else logits
             if every:
                 return outputs
             wanted = outputs.gather(1, aims[index].unsqueeze(1))
             # Probabilities sum to one, so the others' derivatives are minus the aim's.
-            return wanted if self.on == "probabilities" else torch.cat([wanted, outputs.sum(1, keepdim=True)], 1)
+            return wanted if self.outputs == "probabilities" else torch.cat([wanted, outputs.sum(1, keepdim=True)], 1)
 
         gradients = torch.stack(problem.values_and_gradients(x, heads)[2], 1).flatten(2)
         own = gradients if every else gradients[:, :1]
-        if self.on == "probabilities":
+        if self.outputs == "probabilities":
             rest = -own
         else:
             rest = (gradients.sum(1, keepdim=True) if every else gradients[:, 1:]) - own
