@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maodun.app import training
 from maodun.arena.objectives import build_objective
 from maodun.arena.train import train
 from maodun.arena.train_recipe import load_train_recipe
@@ -243,6 +244,18 @@ class TestRuns:
             (number, pytest.approx(float(line[1]))) for number, line in enumerate(lines)
         ]
         assert train(recipe(tmp_path), tmp_path / "b").card.sha256 != made.card.sha256
+
+    def test_the_progress_line_says_what_the_epoch_is_chosen_by(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = recipe(tmp_path)
+        plain, select = file.read_text(), "select: {attack: pgd, options: {steps: 1}, norm: linf, eps: 0.1}\n"
+        for text, named in ((plain, "validation accuracy"), (plain + select, "robust validation accuracy")):
+            file.write_text(text)
+            training.train(str(file), str(tmp_path / named), resume=True, quiet=False)
+            said = " ".join(capsys.readouterr().err.split())
+            assert [each in said for each in ("epoch 0", "epoch 1", f" {named} 0.")] == [True] * 3
+            assert ("robust" in said) == ("robust" in named)
 
     @pytest.mark.parametrize("classes", [9, 12])
     def test_another_number_of_classes_is_refused_before_any_work(self, tmp_path: Path, classes: int) -> None:

@@ -77,11 +77,7 @@ def fit(
     _refuse(objective, settings, augment)
     fabric = _fabric(settings.precision)
     home = next(model.parameters()).device
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if settings.compile is not None:
-        # In place: the names of the weights stay, and inner attacks call the compiled model too.
-        model.compile(backend=settings.compile)
+    _prepare(model, settings)
     wrapped, optimiser = fabric.setup(model, optimiser_of(model, settings))
     memory = Memory(model, optimiser, settings, f"seed {seed} {label}", objective)
     if checkpoint is not None and checkpoint.exists():
@@ -118,6 +114,14 @@ def fit(
     model.load_state_dict(memory.best)
     model.to(home).eval()
     return FitReport(tuple(memory.history), memory.best_epoch, memory.best_score)
+
+
+def _prepare(model: nn.Module, settings: FitSettings) -> None:
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if settings.compile is not None:
+        # In place: the names of the weights stay, and inner attacks call the compiled model too.
+        model.compile(backend=settings.compile)
 
 
 def _refuse(objective: Objective, settings: FitSettings, augment: NoAugmentation | ShiftFlip | CutMix | None) -> None:
