@@ -153,6 +153,35 @@ def certify(
 
 
 @app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="The classifier, as after --model elsewhere.", show_default=False)],
+    data: o.Data,
+    eps: Annotated[str, typer.Option(help="Radius of the ball in [0, 1] input units, as 8/255.", show_default=False)],
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
+    defense: o.Defense = "none",
+    twin: Annotated[str | None, typer.Option(help="An undefended model of the same data, to transfer from.")] = None,
+    weights: o.Weights = None,
+    model_option: o.ModelOption = None,
+    split: o.Split = "test",
+    limit: Annotated[int, typer.Option(help="Only the first N samples; at most 128 are tried.", min=8)] = 128,
+    seed: o.Seed = 0,
+    batch_size: o.BatchSize = "auto",
+    device: o.Device = "cpu",
+    out: o.Out = None,
+    progress: o.Show = o.Progress.bar,
+    quiet: o.Quiet = False,
+) -> None:
+    """Ask whether a model's robustness is real: every check, every remedy, a verdict in a sentence, and a page."""
+    from maodun.app import diagnosing
+
+    diagnosing.diagnose(
+        model, data, norm=norm, eps=eps, weights=weights, model_option=model_option, defense=defense, twin=twin,
+        split=split, limit=limit, seed=seed, batch_size=batch_size, device=device, out=out, progress=progress.value,
+        quiet=quiet,
+    )  # fmt: skip
+
+
+@app.command()
 def multitask(
     recipe: Annotated[str, typer.Argument(help="A multi-task recipe in YAML.", show_default=False)],
     out: Annotated[str, typer.Option(help="The run's folder.")] = "runs/multi-task",

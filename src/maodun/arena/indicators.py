@@ -20,7 +20,7 @@ from maodun.core.streams import Stream
 
 _PROBES = 16
 _DIRECTIONS = 3
-_STEP_SHARES = (1 / 64, 1 / 16, 1 / 4)
+_STEP_SHARES = (1 / 1024, 1 / 128, 1 / 16)
 _TOLERANCE = 0.2
 _UNSTABLE = 0.5
 _MOVED = 0.05

@@ -10,7 +10,7 @@ from importlib import metadata, resources
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from maodun.report import calibration, view, words
+from maodun.report import calibration, diagnosis, view, words
 from maodun.report.charts import Chart, reliability_charts, security_charts, style, styles, to_plotly
 from maodun.report.files import need, write_text
 from maodun.report.ladder import resubmission_charts
@@ -52,6 +52,7 @@ def report_html(summary: RunSummary, run_dir: str | Path, *, light: bool = False
         "transfers": view.transfers(summary),
         "groups": view.groups(summary),
         "ladders": summary.ladders,
+        "diagnoses": diagnosis.shown(summary),
         "resubmission": [
             (figures.add(chart), [(line.name, sample(line.style)) for line in chart.lines])
             for chart in resubmission_charts(summary)
