@@ -204,7 +204,7 @@ def test_the_adaptive_number_is_that_of_the_network_without_the_mask(
         ("saturating", {"cap": -1.0}, "must be positive"),
         ("truncated_gradient", {"step": 0.0}, "must be positive"),
         ("quantised_logits", {"step": 0.0}, "must be positive"),
-        ("probabilities", {"sharpness": 0.0}, "must be positive"),
+        ("squashed_logits", {"sharpness": 0.0}, "must be positive"),
         ("logit_scale", {"factor": 0.0}, "must be positive"),
     ],
 )

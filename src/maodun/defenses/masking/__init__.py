@@ -1,6 +1,6 @@
 """Gradient masking as a defence: it exists to be seen through, and to see whether an evaluation does.
 
-On the logits: LogitScale, Probabilities, QuantisedLogits · in place of the ReLUs: KWTA, NoiseLayers, Saturating · on
+On the logits: LogitScale, QuantisedLogits, SquashedLogits · in place of the ReLUs: KWTA, NoiseLayers, Saturating · on
 the derivative alone: TruncatedGradient.
 """
 
@@ -11,9 +11,9 @@ from maodun.defenses.masking.masks import (
     KWTA,
     LogitScale,
     NoiseLayers,
-    Probabilities,
     QuantisedLogits,
     Saturating,
+    SquashedLogits,
     TruncatedGradient,
 )
 
@@ -23,7 +23,7 @@ MASKS: tuple[type[Mask], ...] = (
     Saturating,
     TruncatedGradient,
     QuantisedLogits,
-    Probabilities,
+    SquashedLogits,
     LogitScale,
 )
 
@@ -35,8 +35,8 @@ __all__ = [
     "Mask",
     "NoiseLayers",
     "OutputMask",
-    "Probabilities",
     "QuantisedLogits",
     "Saturating",
+    "SquashedLogits",
     "TruncatedGradient",
 ]

@@ -141,16 +141,17 @@ class QuantisedLogits(OutputMask):
         return torch.round(x / self.step) * self.step
 
 
-class Probabilities(OutputMask):
-    """Probabilities where logits are expected: softmax(`sharpness` z), sharpness 100 by default.
+class SquashedLogits(OutputMask):
+    """Logits squeezed between -1 and 1 as 2 softmax(`sharpness` z) - 1, sharpness 100 by default.
 
-    The most common mask, mostly by mistake: the top probability saturates at one, and the derivative of every loss of
-    it vanishes. The largest logit stays the largest, as long as float32 can tell. The BPDA partner is the identity.
+    The commonest mask, mostly by mistake, is the softmax itself, which the arena refuses at the door; squeezed, it gets
+    in. The top value saturates at one, and the derivative of every loss of it vanishes. The largest logit stays the
+    largest, as far as float32 can tell. The BPDA partner is the identity.
     """
 
-    name = "probabilities"
+    name = "squashed_logits"
     spec = DefenseSpec(differentiable=False)
-    mitigation = "take the logits, as BPDA with the identity does"
+    mitigation = "take the logits before the squeeze, as BPDA with the identity does, or a query attack"
 
     def __init__(self, sharpness: float = 100.0) -> None:
         super().__init__()
@@ -158,8 +159,8 @@ class Probabilities(OutputMask):
         self.sharpness = sharpness
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the probabilities."""
-        return (self.sharpness * x).softmax(1)
+        """Return the squeezed logits."""
+        return 2 * (self.sharpness * x).softmax(1) - 1
 
 
 class LogitScale(OutputMask):

@@ -55,8 +55,8 @@ class ADP:
 
 def entropy(shares: Tensor) -> Tensor:
     """Return the entropy of the members' mean probabilities, (N,), in nats; `shares` are N x K x C."""
-    mean = shares.mean(1)
-    return torch.special.entr(mean).sum(1)
+    each: Tensor = torch.special.entr(shares.mean(1))
+    return each.sum(1)
 
 
 def log_diversity(shares: Tensor, y: Tensor) -> Tensor:
