@@ -142,7 +142,8 @@ def _row(records: Records) -> LadderRow:
         known=known,
         forwards=calls,
         backwards=float(columns["backwards"].mean()),
-        nfe=calls * about.get("nfe", 0),
+        # What a search on other models asked, it asked of them.
+        nfe=0.0 if about["surrogates"] else calls * about.get("nfe", 0),
         seconds=float(columns["seconds"].sum()) / n,
         memory=float(columns["memory"].max()) if "memory" in columns else None,
         **rules(fooled, draws, np.asarray(wrong)),
