@@ -319,3 +319,20 @@ class TestRecipes:
         arena = prepare(recipe({"model": "zoo:digits-cnn", "defense": "quilting", "options": options}), tmp_path)
         (shield,) = arena.shields.values()
         assert shield.model.defense.bank.shape[0] > 150
+
+
+def test_the_command_line_takes_several_defences_and_gives_them_again() -> None:
+    from maodun.app.flags import Flags, parse_defenses
+    from maodun.arena.commands import evaluate_command
+    from maodun.arena.plan import make_plan
+
+    assert parse_defenses("jpeg:quality=40") == {"defense": "jpeg", "options": {"quality": 40}}
+    flags = Flags(model="zoo:digits-cnn", data="digits", defense="gaussian,jpeg:quality=40", gradient="auto", eps="0.1")
+    plan = make_plan(flags.recipe(), 4)
+    assert [part.name for part in plan.recipe.shields[0].parts] == ["gaussian", "jpeg"]
+    line = evaluate_command(plan.recipe, plan.cells[0])
+    assert line is not None
+    assert "--defense gaussian,jpeg:quality=40" in line
+    assert "--gradient auto" in line
+    with pytest.raises(InputError, match="names no defence"):
+        parse_defenses(" , ")

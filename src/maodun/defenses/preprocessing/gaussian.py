@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maodun.core.errors import InputError
@@ -31,10 +30,18 @@ class Gaussian(Defense):
     def forward(self, x: Tensor) -> Tensor:
         """Return the blurred images."""
         self.need_images(x)
+        # Two products with small matrices: on images of the size attacked here faster than convolving single channels.
+        blurred = self.line(x.shape[2]).to(x.dtype) @ x @ self.line(x.shape[3]).to(x.dtype).T
+        return blurred.clamp(0.0, 1.0)
+
+    def line(self, length: int) -> Tensor:
+        """Return the matrix (length x length) that blurs a line of pixels."""
         radius = self.kernel.shape[0] // 2
-        planes = F.pad(x.flatten(0, 1).unsqueeze(1), (radius,) * 4, mode="replicate")
-        blurred = F.conv2d(F.conv2d(planes, self.kernel.view(1, 1, -1, 1)), self.kernel.view(1, 1, 1, -1))
-        return blurred.reshape(x.shape).clamp(0.0, 1.0)
+        place = torch.arange(length, device=self.kernel.device)
+        matrix = self.kernel.new_zeros(length, length)
+        for offset, weight in zip(range(-radius, radius + 1), self.kernel, strict=True):
+            matrix[place, (place + offset).clamp(0, length - 1)] += weight
+        return matrix
 
     def bpda_partner(self, x: Tensor) -> Tensor:
         """Return the blurred images."""
