@@ -308,3 +308,9 @@ def test_train_makes_every_member_of_a_sweep_once(maodun: Maodun, tmp_path: Path
     (out / "soft-t20.yaml").unlink()
     again = maodun("train", str(recipe), "--out", str(out))
     assert again.code == 0 and "soft-t1," not in again.out and "soft-t20, clean accuracy" in again.out
+
+
+def test_calibration_is_printed_when_asked_for(maodun: Maodun) -> None:
+    words = ("evaluate", "--model", "zoo:digits-cnn", "--data", "digits", "--limit", 24, "--eps", "0.15")
+    done = maodun(*words, "--attack", "maxconf:steps=3", "--no-diagnostics", "--calibration")
+    assert done.code == 0 and "calibration, [95 % bootstrap]" in done.out and "maxconf" in done.out
