@@ -138,24 +138,24 @@ def remedies(lab: Laboratory) -> Iterator[Remedy]:
     yield Remedy("margin", "the loss is the margin, which does not saturate", lambda: lab.fell(best))
     adaptive = _adaptive(lab, plain)
     if adaptive is not None:
-        words = "every part's gradient as it declares (" + _spelt(adaptive.gradient) + ")"
+        words = "every part gives the gradient it declares (" + _spelt(adaptive.gradient) + ")"
         yield Remedy("adaptive", words, lambda: lab.fell(best, way=adaptive))
     through = _straight(lab)
     if through is not None:
         yield Remedy("straight through", "rounding passes gradients on", lambda: lab.fell(best, way=through))
     double = _double(lab)
     if double is not None:
-        words = "float64, so that small gradients do not underflow"
+        words = "the model runs in float64, where small gradients do not underflow"
         yield Remedy("float64", words, lambda: lab.fell(best, way=double))
     sigma = min(lab.threat.eps, _LIMIT) / 4 if lab.threat.norm == "linf" else 0.02
     shaken = Way("shaken", Shaken(model, sigma), EOT(_inner(plain), _DRAWS))
-    words = f"gradients averaged over {_DRAWS} points within noise of {sigma:.2g}"
+    words = f"gradients are averaged over {_DRAWS} points within noise of {sigma:.2g}"
     yield Remedy("smoothing", words, lambda: lab.fell(best, way=shaken))
     pale = Way("contrast", Contrast(model, _CONTRAST), lab.estimator)
-    words = f"gradients taken at {_CONTRAST:g} of the input's contrast"
+    words = f"gradients are taken at {_CONTRAST:g} of the input's contrast"
     yield Remedy("input scale", words, lambda: lab.fell(best, way=pale))
     longer = PGD(steps=_MORE * STEPS, loss="margin")
-    yield Remedy("more steps", f"{_MORE * STEPS} steps instead of {STEPS}", lambda: lab.fell(longer))
+    yield Remedy("more steps", f"there are {_MORE * STEPS} steps instead of {STEPS}", lambda: lab.fell(longer))
 
 
 def twin_attack(lab: Laboratory) -> Remedy | None:
