@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
 from torch import Tensor
 
 from maodun.core import context
 from maodun.defenses.purification.levels import CLEAN, Levels
 from maodun.defenses.purification.replay import Chain, Move
 from maodun.defenses.purification.samplers import State
-
-
-class LevelledChain(Chain, Protocol):
-    """A chain between noise levels."""
-
-    levels: Levels
 
 
 class Observed:
@@ -27,13 +19,14 @@ class Observed:
     the levels. Source: Kang, Song and Li, "DiffAttack", NeurIPS 2023 (its code is not public: a reconstruction).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, levels: Levels) -> None:
+        self.levels = levels
         self.deviations: list[Tensor] = []
 
-    def run(self, chain: LevelledChain, moves: Sequence[Move], start: State, guide: State) -> Tensor:
+    def run(self, chain: Chain, moves: Sequence[Move], start: State, guide: State) -> Tensor:
         """Return the end of the chain."""
         state, origin, noise_there = start, start[0], start[0]
-        total, levels = start[0].new_zeros(start[0].shape[0]), 0
+        total, count = start[0].new_zeros(start[0].shape[0]), 0
         with context.ensured(start[0]):
             for i, (t, s) in enumerate(moves):
                 noise = chain.draw(state[0].detach(), i, t)
@@ -41,8 +34,8 @@ class Observed:
                     origin, noise_there = state[0], noise
                 state = chain.advance(state, t, s, noise, guide)
                 if t != CLEAN:
-                    scale, sigma = chain.levels.at(s)
+                    scale, sigma = self.levels.at(s)
                     apart = state[0] - (scale * origin + sigma * noise_there)
-                    total, levels = total + apart.square().flatten(1).mean(1), levels + 1
-        self.deviations.append(total / max(1, levels))
+                    total, count = total + apart.square().flatten(1).mean(1), count + 1
+        self.deviations.append(total / max(1, count))
         return state[0]

@@ -110,7 +110,7 @@ class DiffusionFilter(Defense):
     @contextmanager
     def observed(self) -> Iterator[list[Tensor]]:
         """Collect how far each call's way back strays from its way there, (N,) each, for as long as it lasts."""
-        way, observer = self.gradient, Observed()
+        way, observer = self.gradient, Observed(self.levels)
         self.gradient = observer
         try:
             yield observer.deviations
