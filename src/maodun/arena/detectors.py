@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def pgd_adversary(threat: ThreatSpec, seed: int) -> Adversary:
     """Return PGD of ten steps in `threat` as the adversary that a trained detector learns from."""
     from maodun.attacks.registry import build_attack
 
-    attack: Attack[object] = build_attack("pgd", steps=10)  # type: ignore[assignment]
+    attack: Attack[Any] = build_attack("pgd", steps=10)
 
     def adversary(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if math.isinf(threat.eps):

@@ -85,7 +85,7 @@ class _Carry(torch.autograd.Function):
         return x.double()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
         size = grad.flatten(1).abs().amax(1).reshape(-1, *([1] * (grad.ndim - 1)))
         return torch.where(size > 0, grad / size.clamp(min=1e-300), grad).float()
 
@@ -99,7 +99,7 @@ class Double(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of N x ... inputs in [0, 1]."""
-        logits: Tensor = self.model(_Carry.apply(x))
+        logits: Tensor = self.model(_Carry.apply(x))  # type: ignore[no-untyped-call]
         return logits
 
 
@@ -182,7 +182,7 @@ def _adaptive(lab: Laboratory, plain: Estimator) -> Way | None:
     if strategy.gradient not in ("exact", "bpda"):
         return None
     options = dict(strategy.options)
-    chosen = SpearSpec(attack="pgd", gradient=strategy.gradient, gradient_options=options, eot=strategy.eot)  # type: ignore[arg-type]
+    chosen = SpearSpec(attack="pgd", gradient=strategy.gradient, gradient_options=options, eot=strategy.eot)
     gradient = estimator(chosen)
     return None if gradient == plain else Way("adaptive", lab.shield.model, gradient)
 

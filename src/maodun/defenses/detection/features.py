@@ -161,7 +161,8 @@ def _square(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _unit(feature: Tensor) -> Tensor:
-    return feature / feature.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    length: Tensor = feature.norm(dim=1, keepdim=True)
+    return feature / length.clamp(min=1e-12)
 
 
 def _mean(rows: Tensor, label: int) -> Tensor:
