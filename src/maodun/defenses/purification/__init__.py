@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from maodun.defenses.purification.classifier import DiffusionClassifier
 from maodun.defenses.purification.denoiser import Converted, Denoiser, clean_estimate, from_eps, to_eps
 from maodun.defenses.purification.gdmp import GDMP
 from maodun.defenses.purification.levels import CLEAN, Levels, parse_levels, sub_vp, ve, vp, vp_discrete
@@ -13,7 +14,7 @@ from maodun.defenses.purification.replay import Plain, Replay
 from maodun.defenses.purification.samplers import Sampler, State
 from maodun.defenses.purification.transfer import DistributionTransfer
 
-PURIFIERS = (DistributionTransfer, GDMP, LikelihoodMaximisation)
+PURIFIERS = (DistributionTransfer, GDMP, LikelihoodMaximisation, DiffusionClassifier)
 
 __all__ = [
     "CLEAN",
@@ -22,6 +23,7 @@ __all__ = [
     "SAMPLERS",
     "Converted",
     "Denoiser",
+    "DiffusionClassifier",
     "DiffusionFilter",
     "DistributionTransfer",
     "Levels",
