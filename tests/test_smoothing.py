@@ -263,6 +263,13 @@ class TestCommand:
         for eps, robust in points:
             assert max(accuracy for radius, accuracy in certain if radius >= eps) <= robust
 
+    def test_defences_may_stand_between_and_the_command_line_is_kept(self, maodun: Any, tmp_path: Path) -> None:
+        out = tmp_path / "run"
+        words = ("certify", "victims:linear", "--data", "digits", "--draws", "100", "--limit", "8", "--out", out)
+        done = maodun(*words, "--defense", "bit_depth:bits=4,median", "--progress", "quiet")
+        assert done.code == 0, done.err
+        assert "--defense bit_depth:bits=4,median" in (out / "report.html").read_text()
+
     @pytest.mark.parametrize(
         ("words", "expected"),
         [

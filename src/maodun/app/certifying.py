@@ -32,12 +32,13 @@ def certify(
     from maodun.report.certified import certified_view, write_certified
 
     size = parse_batch_size(batch_size)
-    name, options = parse_named(defense, thing="--defense")
-    if name == "denoise" and "sigma" not in options:
-        # The denoiser must expect the very noise that is added.
-        options["sigma"] = plan["sigma"]
+    parts = [parse_named(part, thing="--defense") for part in defense.split(",") if part.strip()]
+    for name, options in parts:
+        if name == "denoise":
+            # The denoiser must expect the very noise that is added.
+            options.setdefault("sigma", plan["sigma"])
     shield = {
-        "model": model, "weights": weights, "defense": name, "options": options,
+        "model": model, "weights": weights, "defense": [{"name": name, "options": options} for name, options in parts],
         "model_options": parse_options(model_option or [], thing="--model-option"),
     }  # fmt: skip
     content = {"data": {"spec": data, "split": split, "limit": limit}, "shield": shield, **plan}
@@ -71,8 +72,8 @@ def _spelled(model: str, data: str, plan: Any, folder: str, beside: list[str]) -
     words += ["--weights", shield.weights] if shield.weights else []
     for key, value in shield.model_options.items():
         words += ["--model-option", f"{key}={value}"]
-    if shield.defense != "none":
-        words += ["--defense", ":".join([shield.defense, *(f"{key}={value}" for key, value in shield.options.items())])]
+    parts = [":".join([part.name, *(f"{key}={value}" for key, value in part.options.items())]) for part in shield.parts]
+    words += ["--defense", ",".join(parts)] if parts else []
     words += ["--split", plan.data.split] if plan.data.split != "test" else []
     words += ["--limit", str(plan.data.limit)] if plan.data.limit else []
     for key in ("sigma", "draws", "guesses", "alpha", "seed"):

@@ -22,10 +22,11 @@ from maodun.arena.setup import usable_device, versions
 from maodun.arena.shield_recipe import ShieldSpec
 from maodun.arena.shields import shield_model
 from maodun.arena.store import Store, part_name
-from maodun.core import admission
+from maodun.core import admission, context
 from maodun.core.errors import InputError
 from maodun.core.memory import PeakMemory
 from maodun.core.oracle import granted
+from maodun.core.streams import Stream
 from maodun.defenses.smoothing import certify
 from maodun.defenses.smoothing.bounds import check_confidence, check_sigma
 
@@ -162,7 +163,8 @@ def _admit(model: nn.Module, data: Dataset, device: torch.device) -> None:
         raise InputError("model", reason, "certify a model that runs here")
     few = admission.check_inputs(data.x[:2]).to(device)
     try:
-        with torch.no_grad():
+        ids = data.ids[:2].to(device)
+        with torch.no_grad(), context.draw(Stream(0, "admission"), ids, torch.zeros_like(ids)):
             classes = model(few).shape[1]
     except (RuntimeError, IndexError) as error:
         reason = f"cannot take inputs of shape {tuple(few.shape[1:])} ({str(error).splitlines()[0]})"
