@@ -79,3 +79,13 @@ def test_the_filter_moves_between_the_levels_it_names() -> None:
     filter_ = DiffusionFilter(Gaussian(), t_star=0.1, steps=2, rounds=2)
     assert list(filter_.moves()) == [(CLEAN, 99), (99, 49), (49, CLEAN)] * 2
     assert filter_.levels == vp_discrete()
+
+
+def test_the_trajectory_ends_where_the_filter_does() -> None:
+    x = images(3).clamp(0, 1)
+    filter_ = DiffusionFilter(Gaussian(), steps=3, rounds=2)
+    path = filter_.trajectory(x, seed=4)
+    assert path.shape == (9, *x.shape)
+    assert torch.equal(path[0], x)
+    assert torch.equal(path[-1], filter_.purify(x, seed=4))
+    assert float((path[1] - x).std()) > 0.05

@@ -183,6 +183,21 @@ class DiffusionFilter(Defense):
                 done += rows
         return out
 
+    def trajectory(self, x: Tensor, seed: int = 0) -> Tensor:
+        """Return what `purify` goes through, (moves + 1) x N x C x H x W in [0, 1]: the input, then after every move.
+
+        A state at level t is shown as u / scale, clipped: the image it would be without its fading. For pictures.
+        """
+        ids = torch.arange(x.shape[0], device=x.device)
+        state: State = (2.0 * x - 1.0,)
+        shown = [x]
+        with torch.no_grad(), context.draw(Stream(seed, "purify"), ids, torch.zeros_like(ids)):
+            guide = self.guide(x)
+            for i, (t, s) in enumerate(self.moves()):
+                state = self.advance(state, t, s, self.draw(x, i, t), guide)
+                shown.append(((state[0] / self.levels.at(s)[0] + 1.0) / 2.0).clamp(0.0, 1.0))
+        return torch.stack(shown)
+
     def answer(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return the logits of `model` behind the filter; with votes, the log of the mean probabilities."""
         return super().answer(model, x) if self.votes == 1 else vote(self, model, x)
