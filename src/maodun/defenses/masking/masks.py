@@ -66,25 +66,30 @@ class KWTA(ActivationMask):
 
 
 class Saturating(ActivationMask):
-    """Activations that level off: ReLU(x) up to `cap` (default 3), and from there on a slope of `slope` (default 0).
+    """Activations that level off again and again: the ReLU as a staircase of sigmoids.
 
-    With no slope the derivative of every saturated unit is zero. The BPDA partner is the ReLU. Source: saturating
-    networks (Nayebi and Ganguli, 2017); broken by Brendel and Bethge (2017), whose remedy is numerical.
+    Stairs are `step` wide and high (default 0.1); `sharpness` (default 100) is a sigmoid's slope in units of its stair.
+    Between the rises every unit is saturated and its derivative vanishes, and what remains after several layers is
+    noise; the value is never further than a stair from the ReLU's, so few decisions change. The BPDA partner is the
+    ReLU. Its form is ours, a reconstruction; the idea is that of saturating networks (Nayebi and Ganguli, 2017), broken
+    by Brendel and Bethge (2017).
     """
 
     name = "saturating"
     spec = DefenseSpec(differentiable=False)
     mitigation = "BPDA with the ReLU"
 
-    def __init__(self, cap: float = 3.0, slope: float = 0.0) -> None:
+    def __init__(self, step: float = 0.1, sharpness: float = 100.0) -> None:
         super().__init__()
-        _positive("cap", cap, 3.0)
-        self.cap, self.slope = cap, slope
+        _positive("step", step, 0.1)
+        _positive("sharpness", sharpness, 100.0)
+        self.step, self.sharpness = step, sharpness
 
     def activation(self, x: Tensor, place: int) -> Tensor:  # noqa: ARG002
         """Return the activations, levelled."""
-        active = F.relu(x)
-        return active.clamp(max=self.cap) + self.slope * (active - self.cap).clamp(min=0)
+        stairs = F.relu(x) / self.step
+        below = stairs.detach().floor()
+        return self.step * (below + (self.sharpness * (stairs - below - 0.5)).sigmoid())
 
 
 class TruncatedGradient(Mask):
