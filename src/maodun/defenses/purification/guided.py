@@ -73,7 +73,11 @@ class Watching(DiffusionFilter):
         self.attached: tuple[nn.Module, ...] = ()
 
     def attach(self, model: nn.Module) -> None:
-        """Take note of the classifier (in a tuple: it is nobody's submodule here, so nothing counts it twice)."""
+        """Take note of the classifier (in a tuple: it is nobody's submodule here, so nothing counts it twice).
+
+        InputError as for DiffusionFilter.
+        """
+        super().attach(model)
         self.attached = (model,)
 
     @property
