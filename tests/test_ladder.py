@@ -18,10 +18,12 @@ from maodun.arena.plan import build
 from maodun.arena.recipe import make_recipe
 from maodun.arena.run import run
 from maodun.arena.summary import Ladder, LadderRow, RunSummary
+from maodun.attacks.registry import build_attack
 from maodun.core import context
 from maodun.core.known import KnownDraw
-from maodun.core.oracle import Oracle
+from maodun.core.oracle import EOT, Oracle
 from maodun.core.streams import Stream
+from maodun.core.threat import Threat
 from maodun.core.verdict import fresh_logits
 from maodun.report.exports import to_csv
 from maodun.report.html import report_html
@@ -205,3 +207,24 @@ class TestRun:
 
     def test_json_keeps_it(self, summary: tuple[RunSummary, Path]) -> None:
         assert RunSummary.model_validate_json(summary[0].model_dump_json()) == summary[0]
+
+
+class TestWhereASearchEnds:
+    def test_a_stochastic_model_that_stands_is_handed_the_end_of_the_search(self) -> None:
+        x, y, threat = torch.full((6, 2), 0.8), torch.ones(6, dtype=torch.int64), Threat("linf", 0.1)
+        found = build_attack("pgd", steps=4, random_start=False).run(
+            Oracle(Noisy(), gradient=EOT(draws=5)), x, y, threat
+        )
+        # The plane is four standard deviations away: no draw is fooled, and the input still moved towards it.
+        assert not bool(found.found.any())
+        assert torch.allclose(found.x_adv[:, 0], torch.full((6,), 0.7), atol=1e-6)
+        assert torch.allclose(found.distance, torch.full((6,), 0.1), atol=1e-6)
+
+    def test_a_deterministic_one_keeps_the_clean_input(self) -> None:
+        x, y, threat = torch.full((6, 2), 0.8), torch.ones(6, dtype=torch.int64), Threat("linf", 0.1)
+        plain = nn.Linear(2, 2)
+        with torch.no_grad():
+            plain.weight.copy_(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+            plain.bias.copy_(torch.tensor([0.5, -0.5]))
+        found = build_attack("pgd", steps=4).run(Oracle(plain, stochastic=False), x, y, threat)
+        assert torch.equal(found.x_adv, x)

@@ -62,10 +62,10 @@ def _select(value: Any, index: Tensor) -> Any:
 class Candidates:
     """What a search hands to the verdict, one row per sample, in the order given.
 
-    `x_adv` is the best candidate, or the clean input where nothing was found (of a search on a surrogate: where it
-    ended); `distance` its distance in the threat's norm (0 for a clean input); `status` (uint8) are Status values;
-    counts are int64; `seconds` is the whole run's wall time; `clean_logits` are those of the unperturbed inputs when
-    the run computed or was given them.
+    `x_adv` is the best candidate, or the clean input where nothing was found (of a search on a surrogate, and of one in
+    a ball of a stochastic model: where it ended); `distance` its distance in the threat's norm (0 for a clean input);
+    `status` (uint8) are Status values; counts are int64; `seconds` is the whole run's wall time; `clean_logits` are
+    those of the unperturbed inputs when the run computed or was given them.
     """
 
     x_adv: Tensor
