@@ -71,17 +71,19 @@ def objective_of(shield: str) -> str:
     return shield.partition(", seed")[0]
 
 
-def told_by(manifests: list[dict[str, Any]], steps: int, limit: int | None = None) -> dict[str, dict[str, list[Told]]]:
+def told_by(
+    manifests: list[dict[str, Any]], steps: int, limit: int | None = None, only: list[str] | None = None
+) -> dict[str, dict[str, list[Told]]]:
     """Return what every shield answers: {"clean" or "PGD-steps": {objective: one pair per seed}}.
 
-    On the run's images, or on the first `limit` of the same split.
+    On the run's images, or on the first `limit` of the same split; of the objectives in `only` where they are named.
     """
     found: dict[str, dict[str, list[Told]]] = {"clean": {}, f"PGD-{steps}": {}}
     for recipe in (manifest["recipe"] for manifest in manifests):
         data = load_data(recipe["data"]["spec"], split=recipe["data"]["split"], limit=limit or recipe["data"]["limit"])
         threat = Threat(recipe["threats"][0]["norm"], recipe["threats"][0]["eps"])
         attack = Inner(build_attack("pgd", steps=steps), threat, recipe["seed"])
-        for shield in recipe["shields"]:
+        for shield in (each for each in recipe["shields"] if only is None or objective_of(each["name"]) in only):
             model = load_model(shield["model"], weights=shield["weights"], options=shield["model_options"]).model
             answers: list[list[torch.Tensor]] = [[], []]
             for rows in torch.split(torch.arange(len(data)), 250):
@@ -119,7 +121,7 @@ def show(table: Table, against: list[str]) -> None:
                 print(f"{objective} - {base}: " + "; ".join(text))
 
 
-def show_calibration(told: dict[str, dict[str, list[Told]]], base: str, draws: int = 300) -> None:
+def show_calibration(told: dict[str, dict[str, list[Told]]], base: str, draws: int) -> None:
     """Print calibration errors, means over seeds, with bootstrap intervals and paired differences from `base`."""
     for kind, answers in told.items():
         print(f"\ncalibration, {kind}\n\n| objective | ECE | over | under | T | ECE after | under after |")
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("run", nargs="+")
     parser.add_argument("--against", default="PGD training,TRADES")
     parser.add_argument("--calibration", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=200, help="of the bootstrap of the calibration")
     parser.add_argument("--images", type=int, help="for the calibration; otherwise the run's")
     options = parser.parse_args()
     for folders in options.run:
@@ -181,7 +184,7 @@ def main() -> None:
         show(table, options.against.split(","))
         if options.calibration:
             told = told_by(table.manifests, options.calibration, options.images)
-            show_calibration(told, options.against.split(",")[0])
+            show_calibration(told, options.against.split(",")[0], options.draws)
 
 
 if __name__ == "__main__":
