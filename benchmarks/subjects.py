@@ -29,12 +29,11 @@ SUBJECTS: dict[str, Subject] = {
         Subject("toy", "toy", "digits", {"linf": 0.15, "l2": 0.6, "l1": 3.0}),
         Subject("digits-cnn", "zoo:digits-cnn", "digits", {"linf": 0.15, "l2": 0.6, "l1": 3.0}),
         Subject("digits-cnn-at", "zoo:digits-cnn-at", "digits", {"linf": 0.15, "l2": 0.6, "l1": 3.0}),
-        Subject(
-            "cifar10-resnet8", "zoo:cifar10-resnet8", "cifar10", {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}, True
-        ),
+        Subject("cifar10-resnet8", "zoo:cifar10-resnet8", "cifar10", {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}, True),
         Subject(
             "cifar10-resnet8-at", "zoo:cifar10-resnet8-at", "cifar10", {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}, True
         ),
+        Subject("mnist-cnn", "zoo:mnist-cnn", "mnist", {"linf": 0.2, "l2": 1.5, "l1": 8.0}, True),
         Subject("trades-mnist", "witness:trades-mnist", "mnist", {"linf": 0.3, "l2": 2.0, "l1": 10.0}, True),
         Subject("resnet4b", "witness:resnet4b", "cifar10", {"linf": 4 / 255, "l2": 0.5, "l1": 12.0}, True),
         Subject("resnet56", "witness:resnet56", "cifar10", {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}, True),
