@@ -59,13 +59,13 @@ def warnings(found: Certified) -> list[str]:
 
 def certified_view(found: Certified) -> Group:
     """Return everything a terminal shows about certificates, ready for `Console.print`."""
-    table = Table(title=Text(f"{found.model}: certified accuracy, l2, sigma {found.sigma:g}"), title_justify="left",
-                  box=box.SIMPLE_HEAD, header_style="bold")  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     table.add_column("radius", justify="right")
     table.add_column("certified [95 %]", justify="right")
     for row in found.rows:
         table.add_row(f"{row.radius:g}", Text(rate(row.accuracy)))
-    parts: list[RenderableType] = [table]
+    title = f"{found.model}: certified accuracy, l2, sigma {found.sigma:g}"
+    parts: list[RenderableType] = [Text(title, style="bold"), table]
     parts.append(Text(f"abstained {rate(found.abstained)}; mean certified radius {found.mean_radius:.3f}"))
     parts += [Text(sentence(found), style="dim"), Text(cost(found), style="dim")]
     for one in found.beside:
