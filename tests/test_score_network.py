@@ -91,8 +91,8 @@ class TestNetwork:
         again = new_network((1, 8, 8), channels=(8, 8), patch=2, groups=4, top=0.5, seed=3)
         other = new_network((1, 8, 8), channels=(8, 8), patch=2, groups=4, top=0.5, seed=4)
         u = noisy()
-        assert torch.equal(again(u, 99, again.levels), network(u, 99, network.levels))
-        assert not torch.equal(other(u, 99, other.levels), network(u, 99, network.levels))
+        assert torch.allclose(again(u, 99, again.levels), network(u, 99, network.levels), atol=1e-5)
+        assert not torch.allclose(other(u, 99, other.levels), network(u, 99, network.levels), atol=1e-2)
 
     def test_sides_that_do_not_divide_are_refused(self) -> None:
         with pytest.raises(InputError, match="do not divide by 8"):
@@ -121,7 +121,7 @@ class TestFiles:
     def test_a_file_rebuilds_its_network(self, network: ScoreNetwork, file: Path) -> None:
         loaded = load_score(str(file))
         assert isinstance(loaded, ScoreNetwork)
-        assert torch.equal(loaded(noisy(), 99, loaded.levels), network(noisy(), 99, network.levels))
+        assert torch.allclose(loaded(noisy(), 99, loaded.levels), network(noisy(), 99, network.levels), atol=1e-5)
         assert (loaded.shape, loaded.levels, loaded.name) == (network.shape, network.levels, "tiny")
         assert loaded.top == pytest.approx(network.top)
         assert not any(each.requires_grad for each in loaded.parameters())
@@ -180,7 +180,7 @@ class TestFiles:
         u = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected = plain.core.unet(u, 99).sample
-        assert torch.allclose(loaded(u, 99, loaded.levels), expected, atol=1e-6)
+        assert torch.allclose(loaded(u, 99, loaded.levels), expected, atol=1e-5)
         for content, words in (
             ({"beta_schedule": "sigmoid"}, "schedule 'sigmoid'"),
             ({"prediction_type": "flow"}, "predicting 'flow'"),

@@ -28,7 +28,8 @@ def save_score(network: ScoreNetwork, path: str | Path, kind: torch.dtype = torc
     from safetensors.torch import save
 
     tensors = {
-        name: value.detach().cpu().to(kind).contiguous() for name, value in network.core.unet.state_dict().items()
+        name: value.detach().cpu().to(kind).clone(memory_format=torch.contiguous_format)
+        for name, value in network.core.unet.state_dict().items()
     }
     about = {key: value for key, value in network.about.items() if key != "config"}
     header = {
@@ -52,9 +53,9 @@ def digest(tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of named tensors: names, shapes, types and bytes in the order of the names."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].contiguous()
+        value = tensors[name]
         total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        total.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        total.update(value.numpy().tobytes(order="C"))
     return total.hexdigest()
 
 
