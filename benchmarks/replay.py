@@ -2,7 +2,8 @@
 
 Every measurement is a process of its own. Time is that of one gradient (forward, recomputation, backward) against the
 forward purification of the same batch without gradients, medians of interleaved repeats; memory is the kernel's
-high-water mark. The network is our small U-Net with random weights: what it predicts changes no cost.
+high-water mark. The network is our small U-Net with random weights: what it predicts changes no
+cost. The model is held as an attack holds it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def one(what: str, way: str, steps: int, n: int, repeats: int) -> dict[str, Any]
     """Measure one purifier in this process, in CPU seconds of its one thread."""
     import torch
 
+    from maodun.core.oracle import Oracle
+
     torch.set_num_threads(1)
     model, x = shield(what, way, steps), torch.rand(n, *SHAPE)
 
@@ -64,12 +67,13 @@ def one(what: str, way: str, steps: int, n: int, repeats: int) -> dict[str, Any]
     # Warm up on one sample: what the whole batch needs is then seen to rise.
     few = x[:1].clone().requires_grad_()
     torch.autograd.grad(shield(what, way, 5)(few).sum(), few)
-    reset_high_water()
-    before, _ = resident()
-    first = seconds(gradient)
-    peak = resident()[1]
-    pairs = [(seconds(forward), seconds(gradient)) for _ in range(repeats)]
-    ratios = [back / ahead for ahead, back in pairs] or [first / seconds(forward)]
+    with Oracle(model).ready():
+        reset_high_water()
+        before, _ = resident()
+        first = seconds(gradient)
+        peak = resident()[1]
+        pairs = [(seconds(forward), seconds(gradient)) for _ in range(repeats)]
+        ratios = [back / ahead for ahead, back in pairs] or [first / seconds(forward)]
     return {
         "what": what, "way": way, "steps": steps, "n": n, "repeats": repeats, "before": before, "peak": peak,
         "forward_s": statistics.median(ahead for ahead, _ in pairs) if pairs else None,
