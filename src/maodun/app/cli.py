@@ -199,8 +199,8 @@ def purify(
     picture: Annotated[str, typer.Argument(help="The picture to purify.", metavar="IN", show_default=False)],
     out: Annotated[str, typer.Argument(help="Where the purified one goes, a .png.", metavar="OUT", show_default=False)],
     score: Annotated[
-        str, typer.Option(help="A score network: zoo:score-cifar10, a .safetensors, a diffusers folder.")
-    ] = "zoo:score-cifar10",
+        str, typer.Option(help="A score network: zoo:NAME, a .safetensors, a diffusers folder.", show_default=False)
+    ],
     t_star: Annotated[float, typer.Option(help="How much noise, as a share of the levels in (0, 1).")] = 0.1,
     steps: Annotated[int, typer.Option(help="Steps of the way back.")] = 5,
     sampler: Annotated[
