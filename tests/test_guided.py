@@ -140,6 +140,22 @@ def test_the_path_through_the_copies_is_part_of_the_gradient() -> None:
     assert (whole - cut).abs().max() > 1e-3 * whole.abs().max()
 
 
+@pytest.mark.parametrize("kind", [DiffusionFilter, DistributionTransfer])
+def test_networks_with_attention_have_exact_gradients_too(kind: type[DiffusionFilter]) -> None:
+    class Attentive(Curved):
+        def forward(self, u: Tensor, t: int, levels: Levels) -> Tensor:
+            rows = u.flatten(2).transpose(1, 2).unsqueeze(1)
+            seen = nn.functional.scaled_dot_product_attention(rows, rows, 2.0 * rows)
+            return super().forward(u, t, levels) + 0.1 * seen.squeeze(1).transpose(1, 2).reshape(u.shape)
+
+    grads = []
+    for way in (Plain(), Replay(check=True)):
+        model = wrap(kind(Attentive(), steps=2))
+        model.defense.gradient = way
+        grads.append(gradient(model, images(2)))
+    assert (grads[0] - grads[1]).abs().max() <= 1e-5 * grads[0].abs().max()
+
+
 def test_repulsion_acts_on_suspects_only() -> None:
     class Sure(Victim):
         def forward(self, x: Tensor) -> Tensor:

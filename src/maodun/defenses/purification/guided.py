@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maodun.core.errors import InputError
 from maodun.defenses.purification.denoiser import Denoiser
@@ -39,10 +40,11 @@ class Told(Denoiser):
 def with_derivatives(step: Callable[[State], State], state: State) -> State:
     """Return `step(state)`, a step that differentiates inside and therefore needs a graph of its own.
 
-    Where autograd is off the result is cut off from that graph; the operations are the same, so are the bits.
+    Where autograd is off the result is cut off from that graph; the operations are the same, so are the bits. Attention
+    is computed without fused kernels, which have no second derivative.
     """
     live = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         u = state[0] if live and state[0].requires_grad else state[0].detach().requires_grad_()
         after = step((u, *state[1:]))
     return after if live else tuple(each.detach() for each in after)
