@@ -15,11 +15,14 @@ from maodun.arena.run import run
 from maodun.attacks.gradient.orthogonal import Orthogonal
 from maodun.attacks.gradient.pgd import PGD
 from maodun.attacks.query.hopskipjump import HopSkipJump
+from maodun.core import context
 from maodun.core.errors import InputError
-from maodun.core.oracle import Oracle
+from maodun.core.oracle import Oracle, is_stochastic
 from maodun.core.rejection import doubt, fold, join, may_reject
+from maodun.core.streams import Stream
 from maodun.core.threat import Threat
 from maodun.core.verdict import judge
+from maodun.defenses import Stack, build_defense
 from maodun.defenses.detection import (
     DETECTORS,
     LID,
@@ -315,6 +318,22 @@ def test_a_detector_of_another_model_and_one_without_data_are_refused(tmp_path) 
     )
     with pytest.raises(InputError, match="no clean validation data"):
         run(given, f"memory://det/{uuid.uuid4().hex}", models={"s": Two().eval()}, data=data)
+
+
+def test_a_detector_stands_first_in_a_stack_and_keys_its_purifier_by_sample() -> None:
+    whole = Stack([PurifyCompare("random_resize_pad"), build_defense("bit_depth")]).wrap(Two().eval())
+    assert isinstance(whole, RejectingClassifier) and may_reject(whole) and is_stochastic(whole)
+    rejecting = made(whole.detector, whole.model)
+    x, ids = images(9)[0], torch.arange(9)
+    order = torch.tensor([4, 2, 0, 8, 6, 1, 3, 5, 7])
+
+    def ask(rows: Tensor) -> Tensor:
+        with torch.no_grad(), context.draw(Stream(3, "test"), ids[rows], torch.zeros_like(rows)):
+            return rejecting.answer(x[rows]).score
+
+    once = ask(ids)
+    assert torch.allclose(ask(order), once[order], atol=1e-6)
+    assert torch.allclose(torch.cat([ask(ids[:1]), ask(ids[1:])]), once, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"fpr": 0.0}, {"fpr": 1.0}, {"samples": 1}])

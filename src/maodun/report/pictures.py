@@ -152,6 +152,9 @@ def _draw(
     change, gain = difference(clean, attacked)
 
     def word(index: int) -> str:
+        if classes and index == len(classes):
+            # The class after the last is a refusal to answer.
+            return "refused"
         return classes[index] if 0 <= index < len(classes) else str(index)
 
     return Shown(
