@@ -182,13 +182,13 @@ def test_the_adaptive_number_is_that_of_the_network_without_the_mask(
 ) -> None:
     x, y = digits
     masked = build_defense(name).wrap(net)
-    threat, attack = Threat("linf", 0.15), PGD(steps=10)
+    threat, attack = Threat("linf", 0.15), PGD(steps=8)
 
     def standing(model: nn.Module, estimator: Estimator) -> float:
         found = attack.run(Oracle(model, gradient=estimator), x, y, threat, check_model=False)
         return judge(model, found.x_adv, x, y, threat).robust.value
 
-    adaptive = EOT(Exact(), 8) if name == "noise_layers" else BPDA(every=False)
+    adaptive = EOT(Exact(), 4) if name == "noise_layers" else BPDA(every=False)
     assert standing(masked, adaptive) <= standing(net, Exact()) + 0.02
     if name in LIFTED:
         assert standing(masked, Exact()) > 0.4
