@@ -164,16 +164,15 @@ def test_the_second_order_equation_beats_the_first() -> None:
     assert errors["DPMSolver"] < 0.5 * errors["DDIM"]
 
 
-@pytest.mark.parametrize("table", TABLES[:2], ids=lambda each: each.name)
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"tweedie"}))
-def test_the_filter_keeps_the_data_distribution(name: str, table: Levels) -> None:
+def test_the_filter_keeps_the_data_distribution(name: str) -> None:
     """Data of correlated pixels, diffused and brought back, has the mean and covariance it had (Monte Carlo)."""
-    n, root = 6000, torch.tensor([[0.3, 0.0, 0.0], [0.15, 0.2, 0.0], [-0.1, 0.1, 0.25]], dtype=torch.float64)
+    n, root = 4000, torch.tensor([[0.3, 0.0, 0.0], [0.15, 0.2, 0.0], [-0.1, 0.1, 0.25]], dtype=torch.float64)
     covariance = root @ root.T
     stream, ids = Stream(0, "data"), torch.arange(n)
     u = MEAN + stream.normal(ids, (3,)).double() @ root.T
     sampler = DDPM(clip=False) if name == "ddpm" else SAMPLERS[name]
-    filter_ = DiffusionFilter(Gaussian(MEAN, covariance), 0.3, 75, sampler, levels=table)
+    filter_ = DiffusionFilter(Gaussian(MEAN, covariance), 0.3, 75, sampler)
     state = (u.reshape(n, 3, 1, 1),)
     with context.draw(Stream(1, "test"), ids, torch.zeros_like(ids)):
         for i, (t, s) in enumerate(filter_.moves()):

@@ -260,7 +260,7 @@ RECIPE = {
     "name": "score-tiny",
     "score": {"channels": [8, 8], "groups": 4, "patch": 2, "top": 0.3},
     "data": {"spec": "digits", "limit": 300, "validation": 0.1},
-    "fit": {"epochs": 3, "batch_size": 32, "rate": 5e-3, "average": 0.9, "samples": 128},
+    "fit": {"epochs": 3, "batch_size": 32, "rate": 5e-3, "average": 0.9, "samples": 64},
     "measure": 20,
     "card": {"summary": "a test", "provenance": "a test", "data": "digits"},
 }
