@@ -28,7 +28,13 @@ from maodun.core.threat import Threat
 from maodun.tasks import Statistics
 
 CLEAN = "clean"
-_MODULES = {"relation": "learned", "relation-pca": "pca", "relation-random": "random"}
+_MODULES = {
+    "relation": "learned",
+    "relation-pca": "pca",
+    "relation-random": "random",
+    "views": "views",
+    "views-random": "views-random",
+}
 _FIRST_ID = {"street": 0, "people": 1_000_000, "things": 2_000_000}
 
 
@@ -159,7 +165,7 @@ def _train(stage: Stage, row: RowSpec) -> TrainedAttack:
         goal = made.separation_value(stage.surrogate, layer)
         return made.train_generator(made.FeatureGenerator, stage.surrogate, goal, pool, eps, settings, seed=seed)
     module = stage.relation(_MODULES[row.space])  # type: ignore[arg-type]
-    goal = made.relation_value(module, Weights())
+    goal = made.relation_value(module, Weights(), levels=float(row.options.get("levels", 0.0)))
     return made.train_generator(made.RelationGenerator, module, goal, pool, eps, settings, seed=seed)
 
 

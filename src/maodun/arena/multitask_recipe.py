@@ -28,13 +28,13 @@ class ImagesSpec(_Part):
 class RowSpec(_Part):
     """One attack: `attack` is a registered name, "noise", "uap", "relation-generator", "ltp" or "oracle".
 
-    `space` is what it searches in: the surrogate classifier or a relation module (learned, or a control). `options` are
-    the attack's.
+    `space` is what it searches in: the surrogate classifier or a relation module (of texture or of views, or a
+    control). `options` are the attack's.
     """
 
     name: str
     attack: str
-    space: Literal["surrogate", "relation", "relation-pca", "relation-random"] = "surrogate"
+    space: Literal["surrogate", "relation", "relation-pca", "relation-random", "views", "views-random"] = "surrogate"
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -54,6 +54,7 @@ class MultitaskRecipe(_Part):
     embedder: str = "zoo:cifar10-inception"
     weights: str = "weights/multitask"
     relation_steps: int = Field(default=260, ge=1)
+    view_steps: int = Field(default=350, ge=1)
     generator_steps: int = Field(default=150, ge=1)
     reference: str
     resamples: int = Field(default=2000, ge=100)

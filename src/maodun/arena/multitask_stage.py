@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from maodun.arena.multitask_recipe import MultitaskRecipe
 from maodun.attacks.multitask.fit import RelationFit, fit_relation
 from maodun.attacks.multitask.module import PATCH, Kind, RelationModule, build_module
+from maodun.attacks.multitask.views import ViewsFit, fit_views
 from maodun.tasks import (
     Classification,
     Detection,
@@ -126,6 +127,8 @@ class Stage:
         module = build_module(kind, self.pool, seed=self.recipe.seed)
         if kind == "learned":
             fit_relation(module, self.pool, RelationFit(steps=self.recipe.relation_steps, batch_size=128))
+        elif kind == "views":
+            fit_views(module, self.pool, ViewsFit(steps=self.recipe.view_steps), seed=self.recipe.seed)
         save_weights(module, path)
         load_weights(module, path)
         return module.requires_grad_(False)

@@ -17,9 +17,6 @@ from maodun.core.errors import InputError
 from maodun.core.problem import Problem
 from maodun.core.threat import Threat
 
-LEVELS = ("filters", "encoder.1", "encoder.3")
-"""The maps of a relation module that see less than a whole window."""
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -60,8 +57,8 @@ class Relation(FeatureAttack):
 
     A reconstruction of a thesis abstract. The Oracle's model must be a `RelationModule` (its controls count too).
     Signed steps climb `repel`, `shatter` and `steer` (see `relation_objective`), plus `levels` times the displacement
-    of the module's earlier maps (of its first layer and both hidden ones, each relative to their size: smaller windows
-    than a code's), less `disperse` times the spread of the first layer's answers and `smooth` times the perturbation's
+    of the module's earlier maps (`RelationModule.maps`, each relative to their size: smaller windows than a code's),
+    less `disperse` times the spread of the first layer's answers and `smooth` times the perturbation's
     total variation. Starts in `start_share` of the ball, as the clean image has no slope. `layer` and `depth` are not
     used. Labels are not used.
     """
@@ -133,7 +130,7 @@ class Relation(FeatureAttack):
         return torch.cat([*rows, problem.logits(problem.x)], 1)
 
     def _maps(self, module: RelationModule) -> tuple[str, ...]:
-        return LEVELS if self.levels and module.kind != "pca" else ()
+        return module.maps if self.levels else ()
 
     def _climb(self, problem: Problem, module: RelationModule, x: Tensor, aim: Tensor) -> Tensor:
         names = self._maps(module)

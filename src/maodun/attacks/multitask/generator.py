@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from maodun.attacks.feature.layers import catching, find_layer
 from maodun.attacks.generative.attack import GeneratorAttack
 from maodun.attacks.generative.networks import Generator, initialise
-from maodun.attacks.multitask.attack import Weights, relation_objective
+from maodun.attacks.multitask.attack import Weights, displacement, relation_objective
 from maodun.attacks.multitask.module import RelationModule
 from maodun.attacks.multitask.relations import total_variation
 from maodun.core.errors import InputError
@@ -36,13 +37,23 @@ class FeatureGenerator(GeneratorAttack):
     name: ClassVar[str] = "ltp"
 
 
-def relation_value(module: RelationModule, weights: Weights, smooth: float = 0.1) -> Objective:
-    """Return the latent objective of whole images, less `smooth` times the perturbation's total variation."""
+def relation_value(module: RelationModule, weights: Weights, smooth: float = 0.1, levels: float = 0.0) -> Objective:
+    """Return the latent objective of whole images, less `smooth` times the perturbation's total variation.
+
+    `levels` weighs the displacement of the module's earlier maps, as in `Relation`.
+    """
+    names = module.maps if levels else ()
 
     def value(x_adv: Tensor, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            clean = module.codes(x)
-        return relation_objective(module, module.codes(x_adv), clean, weights) - smooth * total_variation(x_adv - x)
+        with ExitStack() as stack:
+            caught = {name: stack.enter_context(catching(module, name)) for name in names}
+            with torch.no_grad():
+                clean = module.codes(x)
+                before = {name: each.take(name).flatten(1) for name, each in caught.items()}
+            climbed = relation_objective(module, module.codes(x_adv), clean, weights)
+            for name, each in caught.items():
+                climbed = climbed + levels * displacement(each.take(name).flatten(1), before[name])
+        return climbed - smooth * total_variation(x_adv - x)
 
     return value
 

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maodun.attacks.multitask.encoders import calibrate, residual_encoder
 from maodun.core.errors import InputError
 
 PATCH = 32
-Kind = Literal["learned", "pca", "random"]
+Kind = Literal["learned", "pca", "random", "views", "views-random"]
+KINDS = ("learned", "pca", "random", "views", "views-random")
 _KERNEL = 5
 
 
@@ -46,7 +48,9 @@ class RelationModule(nn.Module):
     Takes N x 3 x H x W in [0, 1], H and W at least 32; `codes` returns N x width x h x w, the call itself the same
     flattened to N rows (as an Oracle expects of a model). `bank` anchors are codes of unlabelled patches; `sharpness`
     turns inner products with them into a neighbourhood. `kind`: learned, or one of the controls "pca" (the principal
-    components of the window's pixels) and "random" (the learned one's shape with random weights).
+    components of the window's pixels) and "random" (the learned one's shape with random weights); "views", a residual
+    network learnt to keep views of one image together (`views.fit_views`), and its control "views-random". `maps` names
+    the layers that see less than a window, first to last.
     """
 
     bank: Tensor
@@ -54,8 +58,8 @@ class RelationModule(nn.Module):
 
     def __init__(self, kind: Kind = "learned", width: int = 64, filters: int = 16, anchors: int = 512) -> None:
         super().__init__()
-        if kind not in ("learned", "pca", "random"):
-            raise InputError(f"relation module '{kind}'", "is of no known kind", "use learned, pca or random")
+        if kind not in KINDS:
+            raise InputError(f"relation module '{kind}'", "is of no known kind", "use one of " + ", ".join(KINDS))
         self.kind, self.width, self.scale = kind, width, 10.0
         self.register_buffer("bank", torch.zeros(anchors, width))
         self.register_buffer("sharpness", torch.ones(()))
@@ -70,6 +74,16 @@ class RelationModule(nn.Module):
         )  # fmt: skip
         if kind == "pca":
             self.filters, self.encoder = nn.Identity(), nn.Conv2d(3, width, PATCH, 8)
+        elif kind in ("views", "views-random"):
+            self.filters, self.encoder = nn.Identity(), residual_encoder(width)
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The names of the layers whose answers see less than a whole window."""
+        if self.kind == "pca":
+            return ()
+        named = self.kind in ("views", "views-random")
+        return ("encoder.1", "encoder.2", "encoder.3") if named else ("filters", "encoder.1", "encoder.3")
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the codes of all windows, N x width x h x w; InputError for images smaller than one window."""
@@ -94,8 +108,8 @@ class RelationModule(nn.Module):
 def build_module(kind: Kind, patches: Tensor, *, seed: int = 0, width: int = 64, anchors: int = 512) -> RelationModule:
     """Return an untrained module fitted to unlabelled patches N x 3 x 32 x 32 in [0, 1]; controls are then complete.
 
-    Filters are whitened patches (Gaussian noise for "random"). `fit.fit_relation` trains the learned kind. InputError
-    for fewer patches than anchors.
+    Filters are whitened patches (Gaussian noise for "random"). `fit.fit_relation` trains the learned kind,
+    `views.fit_views` the kind "views". InputError for fewer patches than anchors.
     """
     if patches.shape[0] < anchors or tuple(patches.shape[1:]) != (3, PATCH, PATCH):
         reason = f"needs at least {anchors} x 3 x {PATCH} x {PATCH} patches, got {tuple(patches.shape)}"
@@ -111,6 +125,8 @@ def build_module(kind: Kind, patches: Tensor, *, seed: int = 0, width: int = 64,
     with torch.no_grad():
         if isinstance(module.filters, Filters):
             _cut_filters(module.filters, patches, generator, whitened=kind == "learned")
+        elif module.kind != "pca":
+            calibrate(module.encoder, patches[:1024])
         elif isinstance(module.encoder, nn.Conv2d):
             _principal_components(module.encoder, patches[:1024])
         settle(module, patches)
