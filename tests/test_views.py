@@ -61,18 +61,18 @@ def test_views_stay_in_range_and_come_from_the_image():
 def test_training_brings_views_of_one_image_together_and_repeats_itself():
     x, held = patches(80), patches(32, "held")
     made = [build_module("views", x, width=8, anchors=64) for _ in range(2)]
-    first, second = view(held, generator()), view(held, torch.Generator().manual_seed(9))
+    first, second = (view(held, torch.Generator().manual_seed(seed), 1, 1) for seed in (8, 9))
 
-    def found(module) -> float:
-        similar = module.codes(first).flatten(1) @ module.codes(second).flatten(1).T
-        return float((similar.argmax(1) == torch.arange(32)).float().mean())
+    @torch.no_grad()
+    def loss(module) -> float:
+        return float(view_loss(module.codes(torch.cat([first, second])).flatten(1), 0.2))
 
-    before = found(made[0])
-    losses: list[float] = []
+    before, losses = loss(made[0]), []
+    settings = ViewsFit(steps=26, batch_size=16, rate=2e-3, warmup=2, shift=1, hole=1)
     for each in made:
-        fit_views(each, x, ViewsFit(steps=26, batch_size=8, rate=5e-3), on_step=lambda _, loss: losses.append(loss))
+        fit_views(each, x, settings, on_step=lambda _, value: losses.append(value))
     assert losses[0] == losses[1]
-    assert found(made[0]) > before
+    assert loss(made[0]) < before - 0.1, (loss(made[0]), before)
     assert torch.equal(made[0].bank, made[1].bank)
     assert not any(weight.requires_grad for weight in made[0].encoder.parameters())
     assert made[0].codes(patches(2)).shape == (2, 8, 1, 1)

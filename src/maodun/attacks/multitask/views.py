@@ -21,18 +21,22 @@ from maodun.core.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsFit:
-    """Steps of AdamW on batches of unlabelled patches (two views each), its rate, and the temperature of InfoNCE."""
+    """Steps of AdamW on batches of unlabelled patches (two views each), its rate, and the temperature of InfoNCE.
+
+    The rate rises for `warmup` steps and falls to zero along half a cosine; `shift` and `hole` are those of `view`.
+    """
 
     steps: int = 350
     batch_size: int = 192
     rate: float = 3e-3
+    warmup: int = 50
     temperature: float = 0.2
     shift: int = 10
     hole: int = 11
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 2 or not self.temperature > 0:
-            reason = "needs steps >= 1, batches of 2 or more and a temperature above 0"
+        if min(self.steps, self.warmup) < 1 or self.batch_size < 2 or not self.temperature > 0:
+            reason = "needs steps and warmup >= 1, batches of 2 or more and a temperature above 0"
             raise InputError("view training", reason, "correct the settings")
 
 
@@ -97,7 +101,7 @@ def fit_views(
     optimiser = torch.optim.AdamW(module.encoder.parameters(), lr=settings.rate, weight_decay=1e-4)
     for step in range(settings.steps):
         for group in optimiser.param_groups:
-            rise, fall = min(1.0, (step + 1) / 50), 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
+            rise, fall = min(1.0, (step + 1) / settings.warmup), 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
             group["lr"] = settings.rate * rise * fall
         x = patches[torch.randint(patches.shape[0], (settings.batch_size,), generator=generator)]
         both = torch.cat([view(x, generator, settings.shift, settings.hole) for _ in range(2)])
