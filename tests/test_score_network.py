@@ -373,3 +373,13 @@ class TestPurify:
             line = maodun("purify", tmp_path / "big.png", out, "--score", file, option, value).error
             assert words in line
         assert not out.exists()
+
+
+def test_a_zoo_name_is_one_value_on_the_command_line() -> None:
+    from maodun.app.flags import parse_defenses
+
+    parsed = parse_defenses("jpeg:quality=50,diffusion_filter:score=zoo:score-digits:t_star=0.2")
+    assert parsed["defense"][1] == {
+        "name": "diffusion_filter",
+        "options": {"score": "zoo:score-digits", "t_star": 0.2},
+    }
