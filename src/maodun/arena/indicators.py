@@ -51,9 +51,9 @@ def open_session(lab: Laboratory) -> tuple[Oracle, Session]:
 def agreement(lab: Laboratory) -> list[tuple[float, float]]:
     """Return (step, share) pairs: on what share of slopes the gradient and central differences of that step agree.
 
-    Slopes are those of the margin at the clean inputs (drawn in from the box's walls by the largest step), along the
-    gradient's steepest direction and two random sign directions. Two slopes agree when they differ by at most a fifth
-    of the larger; two zeros do not agree, for nothing has been seen.
+    Slopes are those of the margin near the clean inputs (noise of an eighth of the radius, drawn in from the box's
+    walls by the largest step), along the gradient's steepest direction and two random sign directions. Two slopes agree
+    when they differ by at most a fifth of the larger; two zeros do not agree, for nothing has been seen.
     """
     steps = [share * min(lab.threat.eps, 1.0) for share in _STEP_SHARES]
     if lab.threat.norm != "linf":
@@ -61,12 +61,14 @@ def agreement(lab: Laboratory) -> list[tuple[float, float]]:
         steps = [step / (size**0.5 if lab.threat.norm == "l2" else size) for step in steps]
     oracle, session = open_session(lab)
     rows = torch.arange(lab.n, device=lab.x.device)
-    base = lab.x.clamp(max(steps), 1.0 - max(steps))
+    stream = Stream(lab.arena.recipe.seed, "diagnostics/directions")
+    # Plain backgrounds tie in every pooling window, and at a tie there is no slope: a little noise parts them.
+    away = 2.0 * max(steps) * (2.0 * stream.uniform(lab.ids, tuple(lab.x.shape[1:])).to(lab.x) - 1.0)
+    base = (lab.x + away).clamp(max(steps), 1.0 - max(steps))
 
     def heads(logits: Tensor, at: Tensor) -> Tensor:
         return margin(logits, lab.y[at]).unsqueeze(1)
 
-    stream = Stream(lab.arena.recipe.seed, "diagnostics/directions")
     with oracle.ready():
         gradient = session.estimate(base, rows, heads)[2][0]
         lines = [gradient.sign()]
