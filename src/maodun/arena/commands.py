@@ -19,8 +19,8 @@ def evaluate_command(recipe: Recipe, cell: Cell) -> str | None:
     shield = next(each for each in recipe.shields if each.label == cell.shield)
     # The spear as it was asked for: the cell's own may have its estimator from the plan.
     spear, threat = next(each for each in recipe.spears if each.label == cell.spear), cell.threat
-    beyond = bool(shield.members) or spear.seed_known
-    beyond = beyond or spear.gradient_options or spear.budget != BudgetSpec(queries=spear.budget.queries)
+    beyond = bool(shield.members or spear.seed_known or spear.gradient_options)
+    beyond = beyond or spear.budget != BudgetSpec(queries=spear.budget.queries)
     if beyond or (threat.targeted and threat.goal != "random") or shield.model.startswith(GIVEN):
         return None
     attack = _named(spear.attack, spear.options)
