@@ -1,4 +1,4 @@
-"""What each preprocessor adds to a forward: the least CPU time of a few tries, per CIFAR-10 image and beside three networks.
+"""What each preprocessor adds to a forward: the least CPU time of a few tries, per CIFAR-10 image.
 
 MAODUN_DATA=... OMP_NUM_THREADS=1 python -m benchmarks.preprocessing_cost
 """
