@@ -82,3 +82,9 @@ def test_diagrams_after_the_temperature_stand_beside_those_before():
     found = [(chart.title, len(chart.lines)) for chart, main in charts.reliability_charts(both) if main]
     assert found[:2] == [("none, autoattack", 2), ("none, autoattack, after T = 2.5", 2)]
     assert len(found) == 2 * len(made.SHIELDS)
+
+
+def test_json_gives_it_back():
+    run, _, attacked = _run()
+    again = type(run).model_validate_json(exports.to_json(run))
+    assert again.cells[0].calibration_adversarial == attacked
