@@ -13,8 +13,7 @@ from maodun.arena.recipe import SpearSpec
 from maodun.core.ensemble import price_of
 from maodun.core.oracle import granted
 
-# Enough for the mean gradient of the stochastic preprocessors here to settle (docs/measured.md); the diagnostics say
-# when two such means still disagree.
+# The literature's usual number (AutoAttack's `rand`); the diagnostics say when two such means still disagree.
 DRAWS = 20
 
 
