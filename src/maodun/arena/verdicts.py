@@ -55,7 +55,9 @@ def decide(lab: Laboratory, found: list[Finding], tried: list[tuple[Trial, Tenso
     else:
         verdict, action = "holds", ""
         rest = "" if bound.value == plain.value else f", {_of(bound, lab.n)} against all trials together"
-        sentence = f"Holds: {standing}{rest}, and no check has found the attack blind"
+        # With nobody left standing it is the number that holds, not the defence.
+        left = "Holds" if bound.value > 0 else "The number holds, there is nothing a mask could hide"
+        sentence = f"{left}: {standing}{rest}, and no check has found the attack blind"
     diagnosis = Diagnosis(
         shield=lab.shield.label,
         norm=lab.threat.norm,
