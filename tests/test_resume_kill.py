@@ -98,8 +98,10 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path: Path) -> None:
     assert table(out) == table(tmp_path / "whole")
     for part in (tmp_path / "whole").rglob("*.parquet"):
         mine, theirs = (pq.read_table(path) for path in (out / part.relative_to(tmp_path / "whole"), part))
-        keep = [name for name in mine.column_names if name != "seconds"]
-        assert mine.select(keep).equals(theirs.select(keep)), part
+        keep = [name for name in mine.column_names if name not in ("seconds", "memory")]
+        # As text, in which nan (no doubt: the model never rejects) equals nan.
+        differ = [name for name in keep if repr(mine[name].to_pylist()) != repr(theirs[name].to_pylist())]
+        assert not differ, part
     repeated_nothing(out)
     assert not list(out.rglob("*.tmp"))
 

@@ -10,7 +10,7 @@ from maodun.zoo.architectures import ARCHITECTURES, build_architecture
 from maodun.zoo.architectures.preact_resnet import PreActResNet
 from maodun.zoo.architectures.wide_resnet import WideResNet
 
-SHAPES = {"digits-cnn": (1, 8, 8), "trades-mnist-cnn": (1, 28, 28)}
+SHAPES = {"digits-cnn": (1, 8, 8), "ensemble": (1, 8, 8), "trades-mnist-cnn": (1, 28, 28)}
 COUNTS = {
     "digits-cnn": 15_338,
     "preact-resnet8": 77_850,
