@@ -44,7 +44,8 @@ def ladder_tables(summary: RunSummary) -> list[Table]:
             if row.known is not None:
                 known = f"in the draw that was known: {percent(row.known.value)} {interval(row.known)}"
                 table.add_row(Text(known, style="dim"))
-        table.caption = numbers(ladder) + "; the last rung's adversary knew one draw, the others judge it"
+        knew = any(row.known is not None for row in ladder.rows)
+        table.caption = numbers(ladder) + ("; who knew one draw is judged by others" if knew else "")
         made.append(table)
     return made
 
