@@ -39,6 +39,8 @@ def diagnose(
     from maodun.report.terminal import finding_line
     from maodun.report.words import by_urgency
 
+    if norm not in ("linf", "l2", "l1"):
+        raise wrong(f"norm '{norm}'", "has no trial attacks", "diagnose in linf, l2 or l1")
     name, options = parse_named(defense, thing="--defense")
     spears: list[dict[str, Any]] = [{"attack": "pgd", "options": {"steps": 20}, "name": "plain PGD"}]
     if twin is not None:
@@ -62,14 +64,14 @@ def diagnose(
         "adversarials": False,
         "compute": {"batch_size": parse_batch_size(batch_size)},
     }
-    if norm not in ("linf", "l2", "l1"):
-        raise wrong(f"norm '{norm}'", "has no trial attacks", "diagnose in linf, l2 or l1")
     recipe = make_recipe(content, source="command line")
     folder = out or f"runs/diagnose-{recipe.digest()[:12]}"
-    words = ["maodun", "diagnose", model, "--data", data, "--norm", norm, "--eps", eps, "--limit", str(limit)]
-    for flag, value in (("--weights", weights), ("--twin", twin), ("--defense", defense if name != "none" else None)):
-        words += [flag, value] if value else []
-    met = prepare(recipe, folder, command=shlex.join([*words, "--out", folder]), device=device)
+    flags = [("--weights", weights), *(("--model-option", each) for each in model_option or [])]
+    flags += [("--defense", defense if name != "none" else None), ("--twin", twin)]
+    flags += [("--split", split), ("--limit", str(limit)), ("--seed", str(seed)), ("--out", folder)]
+    words = ["maodun", "diagnose", model, "--data", data, "--norm", norm, "--eps", eps]
+    words += [word for flag, value in flags if value for word in (flag, value)]
+    met = prepare(recipe, folder, command=shlex.join(words), device=device)
     try:
         summary = drive(met, watcher("quiet" if quiet else progress))
     except KeyboardInterrupt:
