@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import uuid
 
 import pytest
@@ -199,9 +201,13 @@ def test_the_slice_is_drawn() -> None:
 
 def test_the_command_prints_a_verdict_and_writes_a_page(tmp_path, capsys) -> None:
     words = ["diagnose", "zoo:digits-cnn-distilled-t100", "--data", "digits", "--eps", "0.15", "--limit", "24"]
+    words += ["--seed", "3"]
     assert command([*words, "--out", str(tmp_path), "--progress", "quiet"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "Masked:" in printed and "all together" in printed
     page = (tmp_path / "report.html").read_text()
     assert "Is it real?" in page and "up the gradient" in page
-    assert command([*words[:-4], "--eps", "0.15", "--norm", "l0", "--out", str(tmp_path / "no")]) == 2
+    # The line that the run keeps is the line that made it: what is missing in it would be another run.
+    kept = shlex.split(json.loads((tmp_path / "manifest.json").read_text())["command"])
+    assert all(flag in kept for flag in words) and kept[kept.index("--seed") + 1] == "3"
+    assert command([*words[:4], "--eps", "0.15", "--norm", "l0", "--out", str(tmp_path / "no")]) == 2
