@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from maodun.app.cli import run as command
 from maodun.arena.diagnostics import Examination, examine
+from maodun.arena.fallback import bare
 from maodun.arena.indicators import agreement
 from maodun.arena.laboratory import Laboratory
 from maodun.arena.recipe import SpearSpec, make_recipe
-from maodun.arena.remedies import Contrast, Double, StraightThrough, bare
+from maodun.arena.remedies import Contrast, Double, StraightThrough
 from maodun.arena.setup import Arena, prepare
 from maodun.core.threat import Threat
 from maodun.defenses import Defended, build_defense

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maodun.arena.fallback import bare
 from maodun.arena.indicators import finding, finite_differences, incomplete, silent_success, unstable
 from maodun.arena.laboratory import (
     STEPS,
@@ -30,7 +31,7 @@ from maodun.arena.laboratory import (
 from maodun.arena.metrics import rate
 from maodun.arena.plan import slug
 from maodun.arena.recipe import SpearSpec, format_radius
-from maodun.arena.remedies import Remedy, bare, remedies, twin_attack
+from maodun.arena.remedies import Remedy, remedies, twin_attack
 from maodun.arena.setup import Arena, Shield
 from maodun.arena.summary import Diagnosis, Finding, Trial
 from maodun.arena.verdicts import decide, trial

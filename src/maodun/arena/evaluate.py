@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.arena.commands import GIVEN
+from maodun.arena.fallback import falls_back, or_static
 from maodun.arena.plan import access, build, estimator, refuse_unsupported
 from maodun.arena.progress import Watcher
 from maodun.arena.recipe import Recipe, ThreatSpec, make_recipe, parse_radius
@@ -77,6 +78,7 @@ def attack(
         few = x[:2].to(place)
         loaded = {spec: load_surrogate(spec, few, {"model": model}, place, each) for spec, each in stand_ins.items()}
         seen = fused(loaded, spear.model_copy(update={"surrogate": tuple(loaded)}))
+    also = falls_back(spear, chosen, seen) and not stand_ins
     spear = resolved(spear, derive(seen, eot))
     oracle = Oracle(
         seen,
@@ -86,16 +88,12 @@ def attack(
         precision=precision,
         surrogate=bool(stand_ins),
     )
-    return chosen.run(
-        oracle,
-        x.to(place),
-        y.to(place),
-        Threat(threat.norm, threat.eps, threat.targeted),
-        targets=None if targets is None else targets.to(place),
-        seed=seed,
-        ids=ids,
-        progress=progress,
-    )
+    samples = (x.to(place), y.to(place), Threat(threat.norm, threat.eps, threat.targeted))
+    aims = None if targets is None else targets.to(place)
+    found = chosen.run(oracle, *samples, targets=aims, seed=seed, ids=ids, progress=progress)
+    if not also:
+        return found
+    return or_static(chosen, oracle, *samples, found, targets=aims, seed=seed, ids=ids, progress=progress)
 
 
 def evaluate(

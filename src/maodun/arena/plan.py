@@ -21,7 +21,10 @@ from maodun.core.threat import Threat
 
 @dataclass(frozen=True)
 class Cell:
-    """One spear against one shield under one threat; `name` is its folder in the store."""
+    """One spear against one shield under one threat; `name` is its folder in the store.
+
+    With `fallback` what the search leaves standing is sent the bare classifier's example as well.
+    """
 
     name: str
     shield: str
@@ -29,6 +32,7 @@ class Cell:
     threat: ThreatSpec
     attack: Attack[Any]
     spec: SpearSpec
+    fallback: bool = False
 
     @property
     def core_threat(self) -> Threat:

@@ -208,18 +208,4 @@ def _double(lab: Laboratory) -> Way | None:
     return Way("float64", model, lab.estimator)
 
 
-def bare(model: nn.Module) -> nn.Module | None:
-    """Return the classifier behind the defences of this package, None where there is none in front of it."""
-    found = model
-    while True:
-        if isinstance(found, nn.Sequential) and len(found) == 2 and getattr(found[1], "lifted", False):
-            found = found[0]
-        elif type(found).__module__.startswith("maodun.defenses.") and isinstance(
-            inner := getattr(found, "model", None), nn.Module
-        ):
-            found = inner
-        else:
-            return None if found is model else found
-
-
-__all__ = ["Contrast", "Double", "Remedy", "Shaken", "StraightThrough", "bare", "remedies", "twin_attack"]
+__all__ = ["Contrast", "Double", "Remedy", "Shaken", "StraightThrough", "remedies", "twin_attack"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from maodun.arena.commands import evaluate_command
 from maodun.arena.detectors import fit_detectors
+from maodun.arena.fallback import FALLBACK, falls_back
 from maodun.arena.ladder import evaluations, rung
 from maodun.arena.plan import Cell, Plan, Shard, access, budget, estimator, make_plan, steps
 from maodun.arena.recipe import Recipe
@@ -147,9 +148,11 @@ def choose_gradients(plan: Plan, shields: dict[str, Shield]) -> tuple[Plan, dict
         elif cell.spec.gradient == "auto":
             shield = shields[cell.shield]
             strategy = derive(shield.model, cell.spec.eot)
-            cell = resolve(cell, strategy)
+            also = falls_back(cell.spec, cell.attack, shield.model)
+            cell = replace(resolve(cell, strategy), fallback=also)
             if cell.attack.access == "gradient":
-                shields[cell.shield] = replace(shield, about={**shield.about, "gradient": strategy.why})
+                why = f"{strategy.why} {FALLBACK}" if also else strategy.why
+                shields[cell.shield] = replace(shield, about={**shield.about, "gradient": why})
         cells.append(cell)
     return replace(plan, cells=tuple(cells)), shields
 

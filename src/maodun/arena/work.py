@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maodun.arena.fallback import or_static
 from maodun.arena.plan import Cell, Unit, clean_folder
 from maodun.arena.recipe import ThreatSpec
 from maodun.arena.setup import Arena, Shield
@@ -160,6 +161,11 @@ def _attack_pass(arena: Arena, unit: Unit, cell: Cell, progress: Progress | None
                 check_model=False,
                 progress=progress,
             )
+            if cell.fallback:
+                found = or_static(
+                    cell.attack, arena.oracle(shield, cell), x, y, cell.core_threat, found,
+                    targets=targets, seed=seed, ids=ids, progress=progress,
+                )  # fmt: skip
     columns = {
         "sample_id": _array(ids),
         "label": _array(y),
