@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -79,6 +80,27 @@ class TestLoop:
         fit(model, X, Y, Standard(), self.settings, validate=accuracy)
         assert torch.equal(before, torch.random.get_rng_state())
         assert accuracy(first) > accuracy(network().eval()) + 0.2
+
+    def test_convolutions_are_laid_out_for_the_run_only_and_take_the_same_steps(self) -> None:
+        x, y, seen = torch.rand(12, 2, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3, []
+
+        class Spy(nn.Conv2d):
+            def forward(self, x: Tensor) -> Tensor:
+                seen.append(self.weight.is_contiguous(memory_format=torch.channels_last))
+                return super().forward(x)
+
+        model = nn.Sequential(Spy(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3))
+        initialise(model, 0)
+        twin = copy.deepcopy(model)
+        settings = FitSettings(epochs=1, batch_size=12, momentum=0.0, decay=0.0, rate=0.1, warmup=0.0)
+        fit(model, x, y, Standard(), settings, validate=lambda _: 0.0)
+        assert all(seen)
+        assert model[0].weight.is_contiguous()
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+        rate = settings.rate_at(0.0)
+        nn.functional.cross_entropy(twin.train()(x[order]), y[order]).backward()
+        for (name, new), old in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.allclose(new, old - rate * old.grad, atol=1e-6), name
 
     @pytest.mark.parametrize("after", [1, 4])
     def test_a_stopped_run_continues_to_the_same_weights(self, tmp_path: Path, after: int) -> None:
@@ -177,6 +199,33 @@ class TestAdversarialTraining:
         with torch.no_grad():
             before, after = (nn.functional.cross_entropy(model(x), labels) for x in (X, found))
         assert after > before
+
+    @pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd", "mifgsm", "spsa"])
+    def test_every_attack_in_a_ball_raises_the_loss_on_every_sample(self, name: str) -> None:
+        model = network().eval()
+        with torch.no_grad():
+            labels = model(X).argmax(1)
+        options = {} if name == "fgsm" else {"steps": 3}
+        found = Inner(build_attack(name, **options), Threat("linf", 0.01))(model, Batch(X, labels, torch.arange(60), 0))
+        with torch.no_grad():
+            before, after = (nn.functional.cross_entropy(model(x), labels, reduction="none") for x in (X, found))
+        assert float((after > before).double().mean()) > 0.9
+
+    def test_the_best_of_all_runs_is_handed_over(self) -> None:
+        model = network().eval()
+        batch = Batch(X, Y, torch.arange(60), 0)
+        losses = []
+        for restarts in (1, 5):
+            found = Inner(build_attack("apgd", steps=2, restarts=restarts), self.threat)(model, batch)
+            with torch.no_grad():
+                losses.append(nn.functional.cross_entropy(model(found), Y, reduction="none"))
+        assert float((losses[1] - losses[0]).min()) > -1e-5
+        assert losses[1].mean() > losses[0].mean()
+
+    @pytest.mark.parametrize("name", ["autoattack", "autoattack-rand", "deepfool", "fab"])
+    def test_a_search_that_stops_at_the_first_success_is_refused(self, name: str) -> None:
+        with pytest.raises(InputError, match=f"inner attack '{name}'"):
+            Inner(build_attack(name), self.threat)
 
     def test_the_radius_grows_over_the_ramp(self) -> None:
         model = network().eval()

@@ -22,13 +22,16 @@ from maodun.core.threat import Threat
 class APGDState(State):
     """`climb` is the run under way; `phase` its place in the schedule of radii, `start` the number of the next start.
 
-    `aims` (N x T) are the targets of the runs, best first, or None; `x` stays the clean input.
+    `aims` (N x T) are the targets of the runs, best first, or None; `x` stays the clean input. `top` (N x ...) and
+    `top_loss` (N,) are the best point of the runs before this one, and None in the first.
     """
 
     climb: Climb
     phase: int
     start: int
     aims: Tensor | None
+    top: Tensor | None = None
+    top_loss: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,8 @@ class APGD(Attack[APGDState]):
                 continued=True,
             )  # fmt: skip
             state.phase += 1
-        else:
+        elif state.start < self._starts(state.aims):
+            state.top, state.top_loss = _top(state)
             state.climb = self._begin(problem, state.aims, state.start)
             state.start, state.phase = state.start + state.climb.lanes, 0
         last = state.start >= self._starts(state.aims) and state.phase + 1 == len(phases)
@@ -107,11 +111,8 @@ class APGD(Attack[APGDState]):
         """Nothing is left to look at: every iterate has been evaluated."""
 
     def answer(self, state: APGDState) -> Tensor:
-        """Return the point of the highest loss of the latest runs."""
-        run = state.climb
-        losses = run.best_loss.view(-1, run.lanes)
-        rows = torch.arange(losses.shape[0], device=losses.device) * run.lanes
-        return run.best[rows + losses.argmax(1)]
+        """Return the point of the highest loss of all runs."""
+        return _top(state)[0]
 
     def aims(self, problem: Problem) -> Tensor | None:  # noqa: ARG002 - a hook
         """Return the targets (N x T) that the runs climb to; None leaves the goal to the problem."""
@@ -185,3 +186,16 @@ def likely_targets(logits: Tensor, y: Tensor, count: int) -> Tensor:
     """Return the `count` classes other than `y` with the largest logits (N x min(count, C - 1)), largest first."""
     others = logits.scatter(1, y.unsqueeze(1), -math.inf)
     return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
+
+
+def _top(state: APGDState) -> tuple[Tensor, Tensor]:
+    """Return the best point of all runs so far (N x ...), and its loss (N,)."""
+    run = state.climb
+    losses, lane = run.best_loss.view(-1, run.lanes).max(1)
+    best = run.best[torch.arange(len(lane), device=lane.device) * run.lanes + lane]
+    if state.top is None or state.top_loss is None:
+        return best, losses
+    higher = losses > state.top_loss
+    return torch.where(higher.reshape(-1, *([1] * (best.ndim - 1))), best, state.top), torch.maximum(
+        losses, state.top_loss
+    )
