@@ -110,8 +110,9 @@ def reference(work: Work) -> float:
 
 
 def bare(work: Work, layout: torch.memory_format) -> float:
-    """CPU seconds of the calls that the epoch needs, the attack's weights in `layout`."""
-    model, asked = work.model(), work.model().eval().requires_grad_(False).to(memory_format=layout)  # type: ignore[call-overload]
+    """CPU seconds of the calls that the epoch needs, the weights of both passes in `layout`."""
+    model, asked = (work.model().to(memory_format=layout) for _ in range(2))  # type: ignore[call-overload]
+    asked.eval().requires_grad_(False)
     optimiser = work.optimiser(model)
     began = time.process_time()
     for x, y in zip(torch.split(work.x, work.batch), torch.split(work.y, work.batch), strict=True):

@@ -15,7 +15,7 @@ from maodun.core import context
 from maodun.core.ensemble import price_of
 from maodun.core.errors import InputError
 from maodun.core.estimators import BPDA, EOT, NES, SPSA, Adjoint, Estimate, Estimator, Exact, Heads, Surrogate
-from maodun.core.modes import conv_weights_channels_last, evaluation_mode, refuse_training_batchnorm
+from maodun.core.modes import affine_norms, conv_weights_channels_last, evaluation_mode, refuse_training_batchnorm
 from maodun.core.rejection import fold, may_reject
 from maodun.core.sizing import automatic_batch_size, refuse_unless_smaller_fits, release
 from maodun.core.streams import Stream
@@ -100,12 +100,12 @@ class Oracle:
     Exact(), BPDA(), Surrogate(), Adjoint(), EOT(), NES() or SPSA(). `budget` bounds each sample's cost. `batch_size` is
     the micro-batch of one model call (None: chosen from the model's activations; either is halved when memory runs
     out, and InputError when not even one sample fits). `precision` "bf16" searches under autocast (verdicts
-    stay in float32). `channels_last` False leaves convolution weights in their layout on a CPU. `compile` uses
-    torch.compile. `stochastic` None means: declared by a module or seen in two different answers. `keep_mode` leaves
-    the modules' training flags alone. `surrogate` says that the model only stands in for another: to fool it is no
-    success, so every search goes its whole way and hands over where it ends. A model that declares a narrower access
-    (a remote service, an ONNX file) narrows `access`. InputError when access and estimator do not fit, or BatchNorm is
-    in train mode.
+    stay in float32). `channels_last` False leaves convolution weights in their layout, and batch norms to torch's own
+    kernel, on a CPU. `compile` uses torch.compile. `stochastic` None means: declared by a module or seen in two
+    different answers. `keep_mode` leaves the modules' training flags alone. `surrogate` says that the model only stands
+    in for another: to fool it is no success, so every search goes its whole way and hands over where it ends. A model
+    that declares a narrower access (a remote service, an ONNX file) narrows `access`. InputError when access and
+    estimator do not fit, or BatchNorm is in train mode.
     """
 
     model: nn.Module
@@ -156,9 +156,10 @@ class Oracle:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Hold the model in evaluation mode with frozen parameters, conv weights laid out for speed, for a run."""
+        """Hold the model in evaluation mode with frozen parameters, conv nets arranged for speed, for a run."""
         layout = conv_weights_channels_last(self.model) if self.channels_last else nullcontext()
-        with nullcontext() if self.keep_mode else evaluation_mode(self.model), layout:
+        norms = affine_norms(self.model) if self.channels_last and not self.compile else nullcontext()
+        with nullcontext() if self.keep_mode else evaluation_mode(self.model), layout, norms:
             yield
 
     def session(self, x: Tensor, ids: Tensor, seed: int, y: Tensor | None = None) -> Session:
