@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from maodun.app.cli import run
 from maodun.arena.harden import Hardening, harden
 from maodun.core.errors import InputError
-from maodun.zoo import load_model
+from maodun.zoo import load_data, load_model
 
 PLAN = Hardening(eps=0.1, epochs=4, steps=2, rate=0.05, batch_size=64, measure=150, attack="pgd")
 
@@ -59,3 +60,40 @@ def test_the_command_says_before_and_after(tmp_path: Path, capsys: pytest.Captur
     assert "--weights" in out
     assert run([*words[:5], "0.1,0.2"]) == 2
     assert "one radius" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--eps", "0"), "eps '0': is no ball to harden against"),
+        (("--eps", "inf"), "eps 'inf': is no ball to harden against"),
+        (("--eps", "0.1", "--limit", "2"), "none is left to learn from"),
+    ],
+)
+def test_what_leaves_nothing_to_learn_is_refused_before_any_work(maodun, tmp_path: Path, words, complaint) -> None:
+    done = maodun("harden", "zoo:digits-cnn", "--data", "digits", *words, "--out", tmp_path)
+    assert complaint in done.error
+    assert not done.out
+
+
+def test_data_of_another_shape_is_refused_in_words(tmp_path: Path) -> None:
+    data = tmp_path / "wide.npz"
+    x = np.full((60, 2, 9, 9), 0.5, np.float32)
+    np.savez(data, x_train=x, y_train=np.arange(60) % 10, x_test=x[:9], y_test=np.arange(9))
+    with pytest.raises(InputError, match=r"cannot take inputs of shape \(2, 9, 9\)"):
+        harden("zoo:digits-cnn", f"npz:{data}", PLAN, tmp_path)
+
+
+def test_a_file_without_a_test_split_is_refused_for_what_it_would_measure(maodun, tmp_path: Path) -> None:
+    train = load_data("digits", split="train", limit=60)
+    data = tmp_path / "one.npz"
+    np.savez(data, x=train.x.numpy(), y=train.y.numpy())
+    done = maodun("harden", "zoo:digits-cnn", "--data", f"npz:{data}", "--eps", "0.1", "--out", tmp_path / "out")
+    assert "has no test split apart from what is trained on" in done.error
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: one\ndata: {{spec: 'npz:{data}'}}\narchitecture: digits-cnn\nfit: {{epochs: 1}}\n"
+        "card: {summary: s, provenance: p, data: d}\n"
+    )
+    assert "has no test split apart" in maodun("train", recipe, "--out", tmp_path / "out").error
+    assert not list((tmp_path / "out").glob("*.safetensors"))

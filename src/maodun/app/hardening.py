@@ -30,6 +30,8 @@ def harden(
     radii = parse_radii(eps)
     if len(radii) != 1:
         raise wrong(f"eps '{eps}'", "hardening takes one radius", "give one, as 8/255")
+    if not 0 < radii[0] < float("inf"):
+        raise wrong(f"eps '{eps}'", "is no ball to harden against", "give a finite radius above 0, as 8/255")
     watch, say = console(error=True), console()
 
     def epoch(line: dict[str, float]) -> None:

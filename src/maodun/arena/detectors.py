@@ -38,8 +38,8 @@ def fit_detectors(model: nn.Module, recipe: Recipe, data: Dataset, device: torch
         if detector.file:
             load_detector(detector.file, detector, part.model)
             continue
-        (x, y), validation = clean_samples(recipe, data, detector)
         adversary = pgd_adversary(recipe.threats[0], recipe.seed) if detector.needs_adversary else None
+        (x, y), validation = clean_samples(recipe, data, detector)
         train = (x.to(device), y.to(device))
         fit_detector(part.model, detector, train, validation.to(device), adversary=adversary, seed=recipe.seed)
 
@@ -47,33 +47,47 @@ def fit_detectors(model: nn.Module, recipe: Recipe, data: Dataset, device: torch
 def clean_samples(recipe: Recipe, data: Dataset, detector: Detector) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Return inputs and labels to fit to, and inputs to set the threshold on; InputError when there are none."""
     from maodun.zoo import load_data
+    from maodun.zoo.data import same_samples
 
     spec, own, thing = recipe.data, detector.validation, f"detector '{detector.name}'"
     remedy = "name data with a train split, or fit it in Python (fit_detector, save_detector) and give file=PATH"
     if data.spec == "given":
         raise InputError(thing, "has no clean validation data to set its threshold on", remedy)
-    judged = {spec.split: len(data)}
-    skip = judged.get("train", 0)
+
+    def judged(split: str) -> int:
+        """Return how many of the first samples of `split` the run judges: a file without splits has only one."""
+        return len(data) if same_samples(load_data(spec.spec, split=split, limit=1), data) else 0
+
     try:
+        skip = judged("train")
         train = load_data(spec.spec, split="train", limit=skip + detector.samples + VALIDATION)
-        rest = train if own == "train" else load_data(spec.spec, split=own, limit=judged.get(own, 0) + VALIDATION)
+        passed = skip if own == "train" else judged(own)
+        rest = train if own == "train" else load_data(spec.spec, split=own, limit=passed + VALIDATION)
     except InputError as error:
         raise InputError(thing, f"finds no clean samples ({error.thing}: {error.reason})", remedy) from None
     # A small train split is shared out: four parts to fit, one to set the threshold.
     cut = skip + min(detector.samples, math.floor(0.8 * (len(train) - skip)))
-    validation = rest.x[cut:] if own == "train" else rest.x[judged.get(own, 0) :]
+    # What was fitted to is no validation, whatever the split is called.
+    one = own == "train" or same_samples(train, rest)
+    validation = train.x[cut:] if one else rest.x[passed:]
+    if cut == skip:
+        raise InputError(thing, f"finds no clean samples beside the {len(data)} that the run judges", remedy)
     return (train.x[skip:cut], train.y[skip:cut]), validation
 
 
 def pgd_adversary(threat: ThreatSpec, seed: int) -> Adversary:
-    """Return PGD of ten steps in `threat` as the adversary that a trained detector learns from."""
+    """Return PGD of ten steps in `threat` as the adversary that a trained detector learns from.
+
+    InputError for a threat without a radius, or of a norm in which PGD does not search.
+    """
     from maodun.attacks.registry import build_attack
 
     attack: Attack[Any] = build_attack("pgd", steps=10)
+    if math.isinf(threat.eps) or threat.norm not in attack.norms:
+        learns = f"learns from PGD in the first threat, and {threat.label} is no ball that it searches"
+        raise InputError("detector 'trained_detector'", learns, f"give eps and one of {', '.join(attack.norms)}")
 
     def adversary(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        if math.isinf(threat.eps):
-            raise InputError("detector 'trained_detector'", "learns from attacks in a ball, without eps", "give eps")
         return attack.run(
             Oracle(model), x, y, Threat(threat.norm, threat.eps), seed=seed, stop_early=False, check_model=False
         ).x_adv

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from maodun.arena.objectives import InnerAttack, ObjectiveSpec, build_objective
-from maodun.arena.train import held_out_score, save_weights, usable_folder
+from maodun.arena.train import held_out_score, save_weights
+from maodun.arena.workplace import checkpoint_in, refuse_one_split, two_sides, usable_folder
 from maodun.attacks.registry import build_attack
 from maodun.core.errors import InputError
 from maodun.core.oracle import Oracle
 from maodun.core.threat import Threat
 from maodun.core.verdict import Interval, interval, judge
-from maodun.defenses.training import FitReport, FitSettings, Objective, ShiftFlip, fit, split_holdout
+from maodun.defenses.training import FitReport, FitSettings, Objective, ShiftFlip, fit
 from maodun.zoo.data import Dataset, load_data
 from maodun.zoo.models import load_model
 
@@ -101,14 +102,13 @@ def harden(
     net.requires_grad_(True)
     train, test = load_data(data, split="train", limit=plan.limit), load_data(data, split="test", limit=plan.measure)
     _refuse_other_classes(net, train, model)
+    refuse_one_split(train)
+    kept, held = two_sides(train, _HELD, plan.seed)
     before = _measure(net, test, plan)
     if on_measure is not None:
         on_measure("before", before)
-    kept, held = split_holdout(train.y, _HELD, plan.seed)
     file = folder / "hardened.safetensors"
-    checkpoint = folder / "hardened.ckpt"
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
+    checkpoint = checkpoint_in(folder, "hardened", resume=resume)
     judge_by = InnerAttack(attack="pgd", options={"steps": 10}, norm=plan.norm, eps=plan.eps)
     settings = FitSettings(
         epochs=plan.epochs, batch_size=plan.batch_size, rate=plan.rate, decay=5e-4, warmup=0.1, clip=1.0, guard=0.5
@@ -138,8 +138,12 @@ def _objective(plan: Hardening, per_epoch: int) -> Objective:
 
 
 def _refuse_other_classes(net: nn.Module, data: Dataset, name: str) -> None:
-    with torch.no_grad():
-        classes = net.eval()(data.x[:2]).shape[1]
+    try:
+        with torch.no_grad():
+            classes = net.eval()(data.x[:2]).shape[1]
+    except RuntimeError as error:
+        reason = f"cannot take inputs of shape {tuple(data.x.shape[1:])} ({str(error).splitlines()[0]})"
+        raise InputError(f"model '{name}'", reason, "give data of the model's own kind") from error
     needed = int(data.y.max()) + 1
     if needed > classes:
         reason = f"answers {classes} classes, the data have {needed}"

@@ -15,14 +15,16 @@ import yaml
 from torch import Tensor, nn
 
 from maodun.arena.objectives import InnerAttack, build_objective
+from maodun.arena.train_defense import defended, keyed, refuse_defense, right
 from maodun.arena.train_log import event_log, event_writer
 from maodun.arena.train_recipe import TrainRecipe, load_train_recipe
+from maodun.arena.workplace import refuse_one_split, two_sides, usable_folder
 from maodun.attacks.registry import build_attack
 from maodun.core.engine import Attack
 from maodun.core.errors import InputError
 from maodun.core.files import weights_of, write_whole
 from maodun.core.modes import evaluation_mode
-from maodun.core.oracle import Oracle
+from maodun.core.oracle import Oracle, is_stochastic
 from maodun.core.threat import Threat
 from maodun.core.verdict import Interval, interval, judge
 from maodun.defenses.training import (
@@ -34,7 +36,6 @@ from maodun.defenses.training import (
     ShiftFlip,
     fit,
     soft_labels,
-    split_holdout,
 )
 from maodun.defenses.training.augment import CutMix
 from maodun.zoo.architectures import build_architecture
@@ -45,10 +46,16 @@ from maodun.zoo.models import load_model
 
 Line = dict[str, float | str]
 
+# What of a recipe changes nothing while it is trained.
+_APART = {"card", "measure", "weights"}
+
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a recipe made: the model in evaluation mode, its card, the files written, and how the epochs went."""
+    """What a recipe made: the model in evaluation mode, its card, the files written, and how the epochs went.
+
+    Where the recipe has a defence, the model stands behind it.
+    """
 
     model: nn.Module
     card: ModelCard
@@ -81,12 +88,14 @@ def train(
         raise InputError(f"recipe '{described.name}'", "is a sweep of several", "train each of recipe.each()")
     if seed is not None:
         described = described.model_copy(update={"seed": seed})
+    refuse_defense(described)
     folder = usable_folder(out)
     if tensorboard:
         event_writer()
     data = load_data(described.data.spec, split=described.data.split, limit=described.data.limit)
+    refuse_one_split(data)
     refuse_other_classes(build_architecture(described.architecture, described.options), data, described.architecture)
-    kept, held = split_holdout(data.y, described.data.validation, described.seed)
+    kept, held = two_sides(data, described.data.validation, described.seed)
     sides = (data.x[kept], data.y[kept], data.x[held], data.y[held])
     run = _Run(described, folder, *sides, on_epoch, on_step, resume, tensorboard)
     model, report = run.all_phases()
@@ -94,24 +103,15 @@ def train(
     save_weights(model, weights, torch.float16 if described.weights == "float16" else torch.float32)
     # What is measured must be what the file holds.
     apply_weights(model, read_weights(weights), f"weights '{weights}'")
-    card = _card(described, model, weights, source or recipe)
+    shield = defended(model, described.defense).eval()
+    card = _card(described, shield, weights, source or recipe)
     card_file = folder / f"{described.name}.yaml"
     write_whole(
         card_file, yaml.safe_dump(card.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110).encode()
     )
     for phase in run.phases:
         run.checkpoint(phase).unlink(missing_ok=True)
-    return TrainResult(model, card, weights, card_file, report)
-
-
-def usable_folder(out: str | Path) -> Path:
-    """Return the folder `out`, made where it was missing; InputError when it cannot be."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"folder '{folder}'", f"it cannot be made ({error.strerror})", "choose another") from error
-    return folder
+    return TrainResult(shield, card, weights, card_file, report)
 
 
 @dataclass
@@ -172,16 +172,17 @@ class _Run:
             begin_as(model, str(recipe.objective.teacher), recipe.objective.temperature)
         with event_log(self.folder / f"{recipe.name}.{name}.events", wanted=self.tensorboard) as log:
             report = fit(
-                model,
+                defended(model, recipe.defense),
                 self.x,
                 self.y,
-                objective,
+                keyed(objective, recipe, seed),
                 FitSettings(**recipe.fit.model_dump()),
                 validate=partial(held_out_score, x=self.x_held, y=self.y_held, inner=recipe.select, seed=seed),
                 augment=self.augmentation(model),
                 seed=seed,
                 checkpoint=checkpoint,
-                label=recipe.model_dump_json(exclude={"card", "measure", "weights"}),
+                # Checkpoints of before recipes had defences stay those of their recipes.
+                label=recipe.model_dump_json(exclude=_APART | ({"defense"} if recipe.defense is None else set())),
                 on_epoch=partial(self._tell, name, log),
                 on_step=self.on_step,
             )
@@ -247,10 +248,10 @@ def held_out_score(model: nn.Module, *, x: Tensor, y: Tensor, inner: InnerAttack
     device = next(model.parameters()).device
     x, y = x.to(device), y.to(device)
     if inner is None:
-        with torch.no_grad():
-            return float((torch.cat([model(part) for part in torch.split(x, 256)]).argmax(1) == y).float().mean())
+        return float(right(model, x, y, seed).float().mean())
     attack, threat = _spear(inner)
-    found = attack.run(Oracle(model, stochastic=False), x, y, threat, seed=seed, check_model=False).found
+    oracle = Oracle(model, stochastic=is_stochastic(model))
+    found = attack.run(oracle, x, y, threat, seed=seed, check_model=False).found
     return 1.0 - float(found.float().mean())
 
 
@@ -259,9 +260,8 @@ def _card(recipe: TrainRecipe, model: nn.Module, weights: Path, source: object) 
     test = load_data(recipe.data.spec, split="test", limit=recipe.measure.limit)
     place = str(source) if isinstance(source, str | Path) else f"recipes/train/{recipe.name}.yaml"
     command = f"maodun train {place}"
-    with torch.no_grad():
-        right = torch.cat([model(part) for part in torch.split(test.x, 256)]).argmax(1) == test.y
-    measured = [_number("clean accuracy", interval(int(right.sum()), len(test)), recipe.seed, command)]
+    answered = int(right(model, test.x, test.y, recipe.seed).sum())
+    measured = [_number("clean accuracy", interval(answered, len(test)), recipe.seed, command)]
     if recipe.measure.inner is not None:
         attack, threat = _spear(recipe.measure.inner)
         oracle = Oracle(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from maodun.arena.recipe import Radius
 from maodun.arena.train_recipe import TrainData, read_recipe
+from maodun.arena.workplace import checkpoint_in, origin, refuse_one_split, two_sides, usable_folder
 from maodun.attacks.artifacts import TrainedAttack, load_attack, save_artifact
 from maodun.attacks.generative.attack import GanSampling
 from maodun.attacks.generative.collapse import collapse
@@ -25,7 +26,6 @@ from maodun.core.errors import InputError, nearest
 from maodun.core.oracle import Oracle
 from maodun.core.threat import Threat
 from maodun.core.verdict import interval
-from maodun.defenses.training import split_holdout
 from maodun.zoo import load_model
 from maodun.zoo.cards import Measured
 from maodun.zoo.data import Dataset, load_data
@@ -120,20 +120,15 @@ def train_generator(
     Errors: InputError for a recipe, a folder, data or models that cannot be used.
     """
     described = recipe if isinstance(recipe, GeneratorRecipe) else load_generator_recipe(recipe)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"folder '{folder}'", f"it cannot be made ({error.strerror})", "choose another") from error
+    folder = usable_folder(out)
     data = load_data(described.data.spec, split=described.data.split, limit=described.data.limit)
-    kept, held = split_holdout(data.y, described.data.validation, described.seed)
+    refuse_one_split(data)
+    kept, held = two_sides(data, described.data.validation, described.seed)
     x, y = data.x[kept], data.y[kept]
     proxies = Proxies([load_model(spec).model for spec in described.proxies], x) if described.proxies else None
     if proxies is not None and described.labels == "model" and described.attack != "gan-sampling":
         y = proxies.labels(x)
-    checkpoint = folder / f"{described.name}.ckpt"
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
+    checkpoint = checkpoint_in(folder, described.name, resume=resume)
     report = fit_generator(
         _contest(described, proxies, tuple(x.shape[1:]), max(len(data.classes), int(data.y.max()) + 1)),
         x,
@@ -146,7 +141,7 @@ def train_generator(
         on_epoch=None if on_epoch is None else lambda line: on_epoch({"phase": described.attack, **line}),
         on_step=on_step,
     )
-    place = str(recipe) if isinstance(recipe, str | Path) else f"recipe {described.name}"
+    place = origin(recipe, described.name)
     measured = tuple(_measure(report.attack, described, f"maodun train {place}"))
     about = {
         "name": described.name,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from maodun.arena.train_recipe import AugmentSpec, TrainData, read_recipe
+from maodun.arena.workplace import checkpoint_in, origin, refuse_one_split, two_sides, usable_folder
 from maodun.core.errors import InputError
 from maodun.core.files import write_whole
 from maodun.core.streams import Stream
@@ -22,7 +23,7 @@ from maodun.defenses.purification.denoiser import clean_estimate
 from maodun.defenses.purification.levels import parse_levels
 from maodun.defenses.purification.matching import ScoreMatching
 from maodun.defenses.purification.network import Preconditioning, ScoreNetwork, new_network
-from maodun.defenses.training import FitReport, FitSettings, NoAugmentation, ShiftFlip, fit, split_holdout
+from maodun.defenses.training import FitReport, FitSettings, NoAugmentation, ShiftFlip, fit
 from maodun.zoo.cards import Measured, file_sha256
 from maodun.zoo.data import Dataset, load_data
 from maodun.zoo.scores import ScoreCard
@@ -129,21 +130,16 @@ def train_score(
     lightning-fabric or diffusers.
     """
     described = recipe if isinstance(recipe, ScoreRecipe) else load_score_recipe(recipe)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"folder '{folder}'", f"it cannot be made ({error.strerror})", "choose another") from error
+    folder = usable_folder(out)
     data = load_data(described.data.spec, split=described.data.split, limit=described.data.limit)
+    refuse_one_split(data)
     network = _network(described, data)
-    checkpoint = folder / f"{described.name}.ckpt"
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
+    checkpoint = checkpoint_in(folder, described.name, resume=resume)
     report = _fit(network, described, data, checkpoint, on_epoch, on_step)
     file = save_score(network, folder / f"{described.name}.safetensors")
     # What is measured must be what the file holds.
     finished = load_artifact(file)
-    place = str(recipe) if isinstance(recipe, str | Path) else f"recipe {described.name}"
+    place = origin(recipe, described.name)
     measured = tuple(_measure(finished, described, f"maodun train {place}"))
     card = ScoreCard(
         name=described.name,
@@ -192,7 +188,7 @@ def _fit(
     on_step: Callable[[int, int], None] | None,
 ) -> FitReport:
     """Train `network` in place; validation is the same loss on held-out images under noise that never changes."""
-    kept, held = split_holdout(data.y, recipe.data.validation, recipe.seed)
+    kept, held = two_sides(data, recipe.data.validation, recipe.seed)
     objective = ScoreMatching(
         network.levels,
         network.levels.nearest(network.top),

@@ -14,6 +14,7 @@ from torch import nn
 
 from maodun.arena.recipe import Radius
 from maodun.arena.train_recipe import TrainData, read_recipe
+from maodun.arena.workplace import refuse_one_split, two_sides, usable_folder
 from maodun.attacks.artifacts import TrainedAttack, load_attack, save_artifact
 from maodun.attacks.universal.patch import train_patch
 from maodun.attacks.universal.placement import Placement
@@ -24,7 +25,6 @@ from maodun.core.errors import InputError
 from maodun.core.oracle import Oracle
 from maodun.core.threat import Threat
 from maodun.core.verdict import interval
-from maodun.defenses.training import split_holdout
 from maodun.zoo import load_model
 from maodun.zoo.cards import Measured
 from maodun.zoo.data import Dataset, load_data
@@ -143,13 +143,10 @@ def train_universal(
     InputError for a recipe, a folder, data or models that cannot be used.
     """
     described = recipe if isinstance(recipe, UniversalRecipe) else load_universal_recipe(recipe)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"folder '{folder}'", f"it cannot be made ({error.strerror})", "choose another") from error
+    folder = usable_folder(out)
     data = load_data(described.data.spec, split=described.data.split, limit=described.data.limit)
-    kept, held = split_holdout(data.y, described.data.validation, described.seed)
+    refuse_one_split(data)
+    kept, held = two_sides(data, described.data.validation, described.seed)
     models = {spec: load_model(spec).model for spec in described.models}
     checkpoint = folder / f"{described.name}.ckpt"
     if not resume:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from maodun.core.errors import InputError, nearest
 from maodun.zoo.data.arrays import load_npz
-from maodun.zoo.data.base import DataInfo, Dataset
+from maodun.zoo.data.base import DataInfo, Dataset, same_samples
 from maodun.zoo.data.digits import load_digits
 from maodun.zoo.data.hub import load_hub
 from maodun.zoo.data.idx import load_mnist
@@ -101,4 +101,4 @@ def list_data() -> list[DataInfo]:
     ]
 
 
-__all__ = ["CIFAR10_CLASSES", "KINDS", "DataInfo", "Dataset", "data_root", "list_data", "load_data"]
+__all__ = ["CIFAR10_CLASSES", "KINDS", "DataInfo", "Dataset", "data_root", "list_data", "load_data", "same_samples"]

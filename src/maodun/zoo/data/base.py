@@ -46,6 +46,17 @@ class Dataset:
         return replace(self, x=x, y=y, ids=ids, sha256=content_hash(x, y, ids))
 
 
+def same_samples(one: Dataset, other: Dataset) -> bool:
+    """Tell whether two loaded splits begin with the very same samples, as those of a file without splits do."""
+    n = min(len(one), len(other))
+    return (
+        one.x.shape[1:] == other.x.shape[1:]
+        and torch.equal(one.ids[:n], other.ids[:n])
+        and torch.equal(one.y[:n], other.y[:n])
+        and torch.equal(one.x[:n], other.x[:n])
+    )
+
+
 @dataclass(frozen=True)
 class DataInfo:
     """One line of `maodun list data`: how to spell it, what it is, and whether it can be read right now."""
