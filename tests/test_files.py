@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from maodun.core.errors import InputError
-from maodun.core.files import save_whole, weights_of, write_whole
+from maodun.core.files import load_checkpoint, save_whole, weights_of, write_whole
 
 
 def test_writes_makes_the_folder_and_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -45,3 +47,41 @@ def test_weights_keep_integers_and_round_the_rest() -> None:
     state = load(weights_of(model, torch.float16))
     assert state["weight"].dtype == torch.float16
     assert state["num_batches_tracked"].dtype == torch.int64
+
+
+def test_two_that_write_one_file_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, real = tmp_path / "manifest.json", os.fsync
+    there: list[int] = []
+
+    def between(number: int) -> None:
+        # While one is about to rename, another writes the same file from beginning to end.
+        real(number)
+        monkeypatch.setattr(os, "fsync", real)
+        write_whole(file, b"second")
+        there.append(len(list(tmp_path.iterdir())))
+
+    monkeypatch.setattr(os, "fsync", between)
+    write_whole(file, b"first")
+    assert there == [2]
+    assert file.read_bytes() == b"first"
+    assert [each.name for each in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_what_a_killed_process_left_long_ago_is_removed(tmp_path: Path) -> None:
+    for name, age in (("a.ckpt.0123.part", 7200), ("a.ckpt.4567.part", 60), ("b.ckpt.0123.part", 7200)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_whole(tmp_path / "a.ckpt", b"whole")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.4567.part", "b.ckpt.0123.part"]
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    file = save_whole(tmp_path / "run.ckpt", {"signature": "a", "model": torch.arange(3)})
+    assert load_checkpoint(file)["signature"] == "a"
+    whole = file.read_bytes()
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"checkpoint '.*run.ckpt': cannot be read .*--restart"):
+            load_checkpoint(file)
+    with pytest.raises(InputError, match="no training that could go on"):
+        load_checkpoint(save_whole(tmp_path / "other.pt", {"weights": torch.arange(3)}))

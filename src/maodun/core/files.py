@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import time
+import uuid
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core.errors import InputError
+
+_STALE = 3600.0
 
 
 def write_whole(path: str | Path, content: bytes) -> Path:
@@ -22,9 +27,11 @@ def write_whole(path: str | Path, content: bytes) -> Path:
     disk, a folder that is not writable); then nothing is left behind.
     """
     file = Path(path).expanduser()
-    temporary = file.with_name(file.name + ".part")
+    # A name of its own: two that write the same file at once do not meet in a half-written one.
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(file)
         with temporary.open("wb") as out:
             out.write(content)
             out.flush()
@@ -38,11 +45,35 @@ def write_whole(path: str | Path, content: bytes) -> Path:
     return file
 
 
+def _remove_stale(file: Path) -> None:
+    """Remove what a killed process has left half-written beside `file`; what is being written is younger."""
+    for left in file.parent.glob(f"{escape(file.name)}.*.part"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink()
+
+
 def save_whole(path: str | Path, content: Any) -> Path:
     """Write what torch.load reads with weights_only (tensors, numbers, text, dicts, lists) to `path`, whole."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return write_whole(path, buffer.getvalue())
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return what `save_whole` wrote of a training, tensors on `device`; it has a signature.
+
+    InputError for a file that cannot be read, is damaged, or is no checkpoint; no code in it is run.
+    """
+    thing, remedy = f"checkpoint '{path}'", "remove it, or start with --restart"
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file can fail in any way; what failed stands in the message
+        reason = f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:120]})"
+        raise InputError(thing, reason, remedy) from error
+    if not isinstance(content, dict) or "signature" not in content:
+        raise InputError(thing, "holds no training that could go on", remedy)
+    return content
 
 
 def weights_of(model: nn.Module, kind: torch.dtype = torch.float32) -> bytes:

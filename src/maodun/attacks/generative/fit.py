@@ -17,7 +17,7 @@ from maodun.attacks.artifacts import TrainedAttack
 from maodun.attacks.generative.contest import Batch, Contest
 from maodun.attacks.generative.proxies import Proxies
 from maodun.core.errors import InputError
-from maodun.core.files import save_whole
+from maodun.core.files import load_checkpoint, save_whole
 
 _SAVE_EVERY = 20.0
 
@@ -207,7 +207,7 @@ class _Run:
 
     def load(self, path: Path) -> None:
         """Continue from `path`."""
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_checkpoint(path)
         if content["signature"] != self.signature:
             raise InputError(f"checkpoint '{path}'", "it was written under other settings", "remove it, or --restart")
         for name, network in self.networks.items():

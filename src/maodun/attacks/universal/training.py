@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maodun.core import admission
 from maodun.core.errors import InputError
-from maodun.core.files import save_whole
+from maodun.core.files import load_checkpoint, save_whole
 from maodun.core.losses import get_loss
 from maodun.core.oracle import Budget, Oracle, Session
 from maodun.core.streams import Stream
@@ -285,7 +285,7 @@ class _Run:
 
     def load(self, path: Path) -> None:
         """Continue from `path`."""
-        content: dict[str, Any] = torch.load(path, map_location=self.value.device, weights_only=True)
+        content = load_checkpoint(path, self.value.device)
         if content["signature"] != self.signature:
             raise InputError(f"checkpoint '{path}'", "it was written by another run", "remove it, or --restart")
         self.value, self.mean, self.square = content["tensors"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core.errors import InputError
-from maodun.core.files import save_whole
+from maodun.core.files import load_checkpoint, save_whole
 from maodun.defenses.training.objective import Learning, Objective
 from maodun.defenses.training.settings import FitSettings
 
@@ -112,7 +112,7 @@ class Memory:
 
     def load(self, path: Path) -> None:
         """Continue from `path`."""
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_checkpoint(path)
         if content["signature"] != self.signature:
             raise InputError(
                 f"checkpoint '{path}'", "it is of another recipe or other settings", "remove it, or use another folder"
