@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from maodun.arena.objectives import InnerAttack, ObjectiveSpec
+from maodun.arena.shield_recipe import DefensePart
 from maodun.core.errors import InputError, nearest
 
 
@@ -73,12 +74,20 @@ class MeasureSpec(_Part):
     inner: InnerAttack | None = None
 
 
+def _named(value: object) -> object:
+    """Return the name of a defence as one without options."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class TrainRecipe(_Part):
     """A whole training run; equal recipes give equal weights on the same machine with the same number of threads.
 
     The epoch is chosen on samples held out of the training split: by robust accuracy against `select` when given, by
     clean accuracy otherwise. The test split is only measured at the end. `weights` float16 rounds the finished weights
     to half precision, halving the file; what is measured is the rounded model.
+
+    A `defense` (its name, or name and options) stands in front of the network, or in it, while it is trained, chosen
+    and measured. The weights are the network's alone: whoever uses them puts the defence there again.
 
     `sweep` makes one file many recipes (`each`): a dotted key and the values it takes, as
     {objective.temperature: [1, 10, 100]}; the value replaces {temperature} in `name` and in the card's summary.
@@ -89,6 +98,7 @@ class TrainRecipe(_Part):
     data: TrainData
     architecture: str
     options: dict[str, Any] = Field(default_factory=dict)
+    defense: Annotated[DefensePart | None, BeforeValidator(_named)] = None
     objective: ObjectiveSpec = ObjectiveSpec()
     select: InnerAttack | None = None
     augment: AugmentSpec = AugmentSpec()
