@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from maodun.arena.fallback import bare
-from maodun.arena.indicators import finding, finite_differences, incomplete, silent_success, unstable
+from maodun.arena.indicators import finding, finite_differences, incomplete, jumps, silent_success, unstable
 from maodun.arena.laboratory import (
     STEPS,
     SUBSET,
     THOROUGH,
     Laboratory,
-    RandomNoise,
     everything,
     stronger,
     trial_threat,
@@ -31,7 +30,7 @@ from maodun.arena.laboratory import (
 from maodun.arena.metrics import rate
 from maodun.arena.plan import slug
 from maodun.arena.recipe import SpearSpec, format_radius
-from maodun.arena.remedies import Remedy, remedies, twin_attack
+from maodun.arena.remedies import Remedy, beyond_jumps, blind_attack, remedies, twin_attack
 from maodun.arena.setup import Arena, Shield
 from maodun.arena.summary import Diagnosis, Finding, Trial
 from maodun.arena.verdicts import decide, trial
@@ -97,7 +96,7 @@ def examine(arena: Arena, shield: Shield) -> Examination:
 
 def tried(lab: Laboratory, found: list[Finding]) -> list[tuple[Trial, Tensor]]:
     """Return the trials that may show a mask, with who fell: the usual ones, and every remedy where there is reason."""
-    scale, blind = best_temperature(lab), _blind_attack(lab)
+    scale, blind = best_temperature(lab), blind_attack(lab, _QUERIES)
     usual = [
         Remedy("dlr", "the loss is a ratio of logits (DLR)", lambda: lab.fell(_many("dlr"))),
         Remedy("logit scale", f"logits are divided by {scale:g}", lambda: lab.fell(_many(), temperature=scale)),
@@ -107,6 +106,8 @@ def tried(lab: Laboratory, found: list[Finding]) -> list[tuple[Trial, Tensor]]:
     if doubted or lab.arena.recipe.diagnostics == "thorough":
         usual += remedies(lab)
         usual += [each for each in [twin_attack(lab)] if each is not None]
+    if jumps(lab) and not bool(lab.plain().all()):
+        usual += beyond_jumps(lab)
     return [trial(lab, remedy) for remedy in usual]
 
 
@@ -250,20 +251,10 @@ def one_step(lab: Laboratory) -> Finding:
 
 def black_box(lab: Laboratory) -> Finding:
     """Is an attack without gradients stronger than one with them?"""
-    blind = _blind_attack(lab)
+    blind = blind_attack(lab, _QUERIES)
     level, only, other = _suspicion(lab.fell(blind), lab.plain())
     sentence = f"Without gradients {blind.name} fells {only} samples that PGD leaves standing, and misses {other}"
     return finding(lab, "black_box", level, sentence, f"The gradients mislead. {_ADAPT}")
-
-
-def _blind_attack(lab: Laboratory) -> Attack[Any]:
-    """Return Square with few queries where it can be used, else random points of the ball."""
-    from maodun.attacks.registry import build_attack
-
-    square = build_attack("square", queries=_QUERIES)
-    if lab.threat.norm in square.norms and (lab.x.ndim == 4 or not square.images_only):
-        return square
-    return RandomNoise()
 
 
 def loss_gap(lab: Laboratory) -> Finding:

@@ -114,6 +114,7 @@ class Laboratory:
     backwards: int = 0
     claimed: int = 0
     refused: int = 0
+    slopes: list[tuple[float, float]] = field(default_factory=list)
     _base: dict[Any, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

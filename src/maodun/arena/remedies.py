@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from maodun.arena.laboratory import STEPS, Laboratory, Way
+from maodun.arena.laboratory import STEPS, Laboratory, RandomNoise, Way
 from maodun.arena.plan import estimator
 from maodun.arena.recipe import SpearSpec
 from maodun.arena.strategy import derive
@@ -27,6 +27,8 @@ _DRAWS = 8
 _MORE = 5
 _CONTRAST = 0.75
 _LIMIT = 1.0
+_RESTARTS = 10
+_LONG = 2000
 _ROUNDING = frozenset(
     {
         torch.round, torch.floor, torch.ceil, torch.trunc, torch.fix, torch.sign, torch.sgn,
@@ -158,6 +160,25 @@ def remedies(lab: Laboratory) -> Iterator[Remedy]:
     yield Remedy("more steps", f"there are {_MORE * STEPS} steps instead of {STEPS}", lambda: lab.fell(longer))
 
 
+def beyond_jumps(lab: Laboratory) -> Iterator[Remedy]:
+    """Yield what is tried where the answer jumps, and gradients say nothing of a step: other starts, and values."""
+    again = PGD(steps=STEPS, loss="margin", restarts=_RESTARTS)
+    yield Remedy("restarts", f"there are {_RESTARTS} random starts", lambda: lab.fell(again))
+    blind = blind_attack(lab, _LONG)
+    words = f"gradients are not used at all, with {_LONG} queries"
+    yield Remedy(f"long {blind.name}", words, lambda: lab.fell(blind))
+
+
+def blind_attack(lab: Laboratory, queries: int) -> Attack[Any]:
+    """Return Square with so many queries where it can be used, else random points of the ball."""
+    from maodun.attacks.registry import build_attack
+
+    square = build_attack("square", queries=queries)
+    if lab.threat.norm in square.norms and (lab.x.ndim == 4 or not square.images_only):
+        return square
+    return RandomNoise()
+
+
 def twin_attack(lab: Laboratory) -> Remedy | None:
     """Return the transfer from the twin: a search on another model, every sample to the last step; None without one."""
     if lab.twin is None:
@@ -208,4 +229,14 @@ def _double(lab: Laboratory) -> Way | None:
     return Way("float64", model, lab.estimator)
 
 
-__all__ = ["Contrast", "Double", "Remedy", "Shaken", "StraightThrough", "remedies", "twin_attack"]
+__all__ = [
+    "Contrast",
+    "Double",
+    "Remedy",
+    "Shaken",
+    "StraightThrough",
+    "beyond_jumps",
+    "blind_attack",
+    "remedies",
+    "twin_attack",
+]
