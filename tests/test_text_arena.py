@@ -105,7 +105,15 @@ def test_a_folder_of_another_recipe_is_refused(data, tmp_path):
         train_text(recipe(tmp_path, data, **{**small, "fit": {"epochs": 2}}), out)
     with pytest.raises(InputError, match="was begun with run 'plain' otherwise"):
         train_text(recipe(tmp_path, data, **{**small, "runs": [{"name": "plain", "objective": "noise"}]}), out)
+    (out / "somebody-elses.safetensors").write_bytes(b"weights")
     train_text(recipe(tmp_path, data, **{**small, "fit": {"epochs": 2}}), out, resume=False)
+    assert (out / "somebody-elses.safetensors").read_bytes() == b"weights"
+    other = tmp_path / "arena"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"format": 1, "recipe": {}}')
+    for resume in (True, False):
+        with pytest.raises(InputError, match="holds a run of another kind"):
+            train_text(recipe(tmp_path, data, **small), other, resume=resume)
 
 
 def test_hidden_labels_are_drawn_by_the_seed(data, tmp_path):

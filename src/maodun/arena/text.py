@@ -6,6 +6,7 @@ A second start in the same folder makes only what is missing; a training that wa
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,19 +89,36 @@ def _claim(folder: Path, recipe: TextRecipe, resume: bool) -> None:
     runs = {run.name: run.model_dump(mode="json") for run in recipe.runs}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        held = _held(manifest)
+        if held is None:
+            raise InputError(f"folder '{folder}'", "holds a run of another kind", "choose another")
         if not resume:
-            for file in [*folder.glob("*.safetensors"), *folder.glob("*.ckpt"), manifest]:
+            for file in _files(folder, {*held["runs"], *runs}):
                 file.unlink(missing_ok=True)
-        held: dict[str, Any] = {"what": text, "runs": {}}
-        if manifest.exists():
-            held = json.loads(manifest.read_text(encoding="utf-8"))
+            held["what"] = ""
     except (OSError, ValueError) as error:
         raise InputError(f"folder '{folder}'", f"cannot be used ({error})", "choose another") from error
+    if not held["what"]:
+        held = {"what": text, "runs": {}}
     changed = [name for name, run in runs.items() if held["runs"].get(name, run) != run]
     if held["what"] != text or changed:
         what = f"run '{changed[0]}'" if changed else "the recipe"
         raise InputError(f"folder '{folder}'", f"was begun with {what} otherwise", "choose another, or --restart")
     write_whole(manifest, json.dumps({"what": text, "runs": held["runs"] | runs}).encode())
+
+
+def _held(manifest: Path) -> dict[str, Any] | None:
+    """Return what a manifest says of the experiment begun here: empty where there is none, None for another's."""
+    if not manifest.exists():
+        return {"what": "", "runs": {}}
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) and {"what", "runs"} <= content.keys() else None
+
+
+def _files(folder: Path, runs: set[str]) -> list[Path]:
+    """Return the files that an experiment of these runs has made here; a folder may hold other things as well."""
+    ours = re.compile(rf"({'|'.join(map(re.escape, runs))})-\d+\.(ckpt|safetensors|outcomes\.safetensors)")
+    return [file for file in folder.iterdir() if ours.fullmatch(file.name)]
 
 
 @dataclass
