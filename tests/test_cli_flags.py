@@ -129,3 +129,17 @@ def test_the_recorded_command_gives_the_same_flags_again() -> None:
         "maodun evaluate --model victims:linear --data 'npz:my data.npz' --eps 8/255 "
         "--model-option a=1 --model-option b=2 --no-diagnostics --out runs/x"
     )
+
+
+def test_left_out_the_gradient_is_the_one_that_sees_through_the_defence() -> None:
+    def asked(**words: object) -> str:
+        return given(eps="0.1", attack="pgd", **words).recipe().spears[0].gradient
+
+    assert asked() == "exact"
+    assert asked(defense="bit_depth:bits=3") == "auto"
+    assert asked(defense="bit_depth,gaussian") == "auto"
+    assert asked(defense="bit_depth", gradient="exact") == "exact"
+    assert asked(defense="bit_depth", surrogate="zoo:digits-cnn") == "exact"
+    assert given(model="http://localhost/x", eps="0.1", attack="pgd", defense="jpeg").recipe().spears[0].gradient == (
+        "exact"
+    )

@@ -19,6 +19,7 @@ from maodun.arena.laboratory import Laboratory
 from maodun.arena.recipe import SpearSpec, make_recipe
 from maodun.arena.remedies import Contrast, Double, StraightThrough
 from maodun.arena.setup import Arena, prepare
+from maodun.core.errors import InputError
 from maodun.core.threat import Threat
 from maodun.defenses import Defended, build_defense
 from maodun.report.diagnosis import surface_svg
@@ -212,3 +213,17 @@ def test_the_command_prints_a_verdict_and_writes_a_page(tmp_path, capsys) -> Non
     kept = shlex.split(json.loads((tmp_path / "manifest.json").read_text())["command"])
     assert all(flag in kept for flag in words) and kept[kept.index("--seed") + 1] == "3"
     assert command([*words[:4], "--eps", "0.15", "--norm", "l0", "--out", str(tmp_path / "no")]) == 2
+
+
+def test_a_stack_is_diagnosed_and_a_radius_of_nothing_is_not(maodun, tmp_path, monkeypatch) -> None:
+    words = ("diagnose", "zoo:digits-cnn", "--data", "digits", "--limit", "8", "--out", tmp_path)
+    for eps, complaint in (("0", "nothing to change"), ("0.1,0.2", "several radii"), ("x", "not a number")):
+        assert complaint in maodun(*words, "--eps", eps).error
+
+    def stop(recipe, out, *, command, device):
+        raise InputError(recipe.shields[0].label, command, "enough seen")
+
+    monkeypatch.setattr("maodun.arena.setup.prepare", stop)
+    line = maodun(*words, "--eps", "0.05", "--defense", "bit_depth:bits=3,gaussian:sigma=0.5").error
+    assert "zoo:digits-cnn + bit_depth + gaussian" in line
+    assert "--defense bit_depth:bits=3,gaussian:sigma=0.5" in line

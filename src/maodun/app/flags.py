@@ -117,7 +117,7 @@ class Flags:
     split: o.Split = "test"
     limit: o.Limit = None
     targeted: o.Targeted = False
-    gradient: o.Gradient = "exact"
+    gradient: o.Gradient = None
     eot: o.Eot = 1
     surrogate: o.Surrogate = None
     fusion: o.Fusion = "logits"
@@ -137,16 +137,19 @@ class Flags:
         `diagnostics` runs the suspicion checks, `adversarials` keeps the adversarial inputs in the store.
         """
         from maodun.arena.recipe import make_recipe
+        from maodun.arena.shield_recipe import usual_gradient
 
         attacks = parse_attacks(self.attack)
         if not attacks:
             raise wrong("--attack", "names no attack", "choose from 'maodun list attacks'")
         repeated = len({name for name, _ in attacks}) < len(attacks)
+        defense = parse_defenses(self.defense)
+        defended = defense["defense"] != "none" and not self.surrogate
         spears = [
             {
                 "attack": name,
                 "options": chosen,
-                "gradient": self.gradient,
+                "gradient": self.gradient or usual_gradient(self.model, defended=defended),
                 "eot": self.eot,
                 "surrogate": [spec.strip() for spec in (self.surrogate or "").split(",") if spec.strip()],
                 "fusion": self.fusion,
@@ -160,7 +163,7 @@ class Flags:
             "model": self.model,
             "weights": self.weights,
             "model_options": self._model_options(),
-            **parse_defenses(self.defense),
+            **defense,
         }
         threats = [{"norm": self.norm, "eps": eps, "targeted": self.targeted} for eps in parse_radii(self.eps)]
         return make_recipe(

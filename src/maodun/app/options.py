@@ -21,6 +21,7 @@ _WEIGHTS = "A .safetensors file, or a checkpoint that loads without running code
 _EPS = "Radius in [0, 1] input units, as 8/255 (flow: pixels); several separated by commas. Left out: any radius."
 _DEFENSE = "A defence, as bit_depth:bits=3; several separated by commas, the first nearest to the input."
 _ATTACK = "Attacks separated by commas, with options as in pgd:steps=10:restarts=2."
+_GRADIENT = "exact, bpda, surrogate, adjoint, nes, spsa, or auto: what its parts leave. Left out: auto behind defences."
 
 
 class Progress(StrEnum):
@@ -51,7 +52,7 @@ Norm = Annotated[str, _flag(_HOW, "linf, l2, l1, l0 (a count of changed entries)
 Eps = Annotated[str | None, _flag(_HOW, _EPS)]
 Attack = Annotated[str, _flag(_HOW, _ATTACK)]
 Targeted = Annotated[bool, _flag(_HOW, "The wrong class is chosen beforehand.", "--targeted")]
-Gradient = Annotated[str, _flag(_HOW, "exact, bpda, surrogate, adjoint, nes, spsa, or auto: what its parts leave.")]
+Gradient = Annotated[str | None, _flag(_HOW, _GRADIENT)]
 Eot = Annotated[int, _flag(_HOW, "Draws averaged per gradient of a stochastic defence.", min=1)]
 
 Surrogate = Annotated[str | None, _flag(_HOW, "Models to search on instead, separated by commas: transfer.")]

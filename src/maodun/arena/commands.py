@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from maodun.arena.recipe import BudgetSpec, Recipe, format_radius
+from maodun.arena.shield_recipe import usual_gradient
 
 if TYPE_CHECKING:
     from maodun.arena.plan import Cell
@@ -40,7 +41,8 @@ def evaluate_command(recipe: Recipe, cell: Cell) -> str | None:
     words += ["--eps", format_radius(threat.eps)] if threat.eps != float("inf") else []
     words += ["--targeted"] if threat.targeted else []
     words += ["--attack", attack]
-    words += ["--gradient", spear.gradient] if spear.gradient != "exact" else []
+    usual = "exact" if spear.surrogate else usual_gradient(shield.model, defended=bool(shield.parts))
+    words += ["--gradient", spear.gradient] if spear.gradient != usual else []
     words += ["--eot", str(spear.eot)] if spear.eot > 1 else []
     words += ["--surrogate", ",".join(spear.surrogate)] if spear.surrogate else []
     words += ["--fusion", spear.fusion] if spear.fusion != "logits" else []

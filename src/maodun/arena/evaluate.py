@@ -19,6 +19,7 @@ from maodun.arena.plan import access, build, estimator, refuse_unsupported
 from maodun.arena.progress import Watcher
 from maodun.arena.recipe import Recipe, ThreatSpec, make_recipe, parse_radius
 from maodun.arena.run import run
+from maodun.arena.shield_recipe import usual_gradient
 from maodun.arena.store import Store
 from maodun.arena.strategy import derive, resolved
 from maodun.arena.summary import RunSummary
@@ -106,7 +107,7 @@ def evaluate(
     targeted: bool = False,
     defense: str | Sequence[str | dict[str, Any]] = "none",
     defense_options: dict[str, Any] | None = None,
-    gradient: str = "exact",
+    gradient: str | None = None,
     eot: int = 1,
     surrogate: Surrogates | None = None,
     rule: str = "auto",
@@ -123,17 +124,20 @@ def evaluate(
 
     `model` is any module from [0, 1] inputs to logits, or a specification such as "zoo:digits-cnn". `data` is a pair
     (x, y), an iterable of such pairs (a DataLoader), a Dataset, or a specification such as "digits". `defense` is a
-    name, or a list of names and {name: options}, the first nearest to the input; `gradient` as for `attack`. `eps` is
-    one radius or several. `attack` is "pgd,deepfool", a name, an Attack, a recipe's spear as a mapping, or a list of
-    these. `surrogate` (a model, a specification, or several) is what the spears search on instead of the model, which
-    then only passes the verdict. With `out` the run is kept there, with its adversarial inputs, and resumed by the same
-    call. The result's `robust` is the worst case over all attacks, `cells` has each of them, `findings` the suspicions.
+    name, or a list of names and {name: options}, the first nearest to the input; `gradient` as for `attack`, by default
+    auto where there is a `defense`, else exact. `eps` is one radius or several. `attack` is "pgd,deepfool", a name, an
+    Attack, a recipe's spear as a mapping, or a list of these. `surrogate` (a model, a specification, or several) is
+    what the spears search on instead of the model, which then only passes the verdict. With `out` the run is kept
+    there, with its adversarial inputs, and resumed by the same call. The result's `robust` is the worst case over all
+    attacks, `cells` has each of them, `findings` the suspicions.
     Raises InputError, UnsupportedError or StoreError with a reason.
     """
     samples = _samples(data, limit)
     module, spec = _module(model)
     shield = {"model": spec, "defense": defense, "options": defense_options or {}}
-    label = _recipe({"shields": [shield], "spears": [{"attack": "pgd"}]}).shields[0].title.removeprefix(GIVEN)
+    described = _recipe({"shields": [shield], "spears": [{"attack": "pgd"}]}).shields[0]
+    label = described.title.removeprefix(GIVEN)
+    gradient = gradient or usual_gradient(spec, defended=bool(described.parts) and surrogate is None)
     radii = list(eps) if isinstance(eps, Sequence) and not isinstance(eps, str) else [eps]
     stand_ins = {} if surrogate is None else _stand_ins(surrogate)
     recipe = _recipe(

@@ -70,6 +70,15 @@ def _member(value: object) -> object:
     return {"model": value} if isinstance(value, str) else value
 
 
+def usual_gradient(model: str, *, defended: bool) -> str:
+    """Return the estimator of a spear that names none: what the parts leave (auto) behind defences, else exact.
+
+    The exact gradient of a part that has none of use is zero, and would flatter it. A service keeps exact, which it
+    refuses: what it is asked instead costs queries, and is for its user to name.
+    """
+    return "auto" if defended and not model.startswith(("http:", "https:")) else "exact"
+
+
 class ShieldSpec(MemberSpec):
     """What is defended: a model as a member's, or several of them that answer as one.
 
