@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import uuid
 
+import numpy as np
 import pytest
 import torch
 from oracles import generator
 from torch import Tensor, nn
 
-from maodun.arena.recipe import make_recipe
+from maodun.arena.detectors import clean_samples, pgd_adversary
+from maodun.arena.recipe import DataSpec, ThreatSpec, make_recipe
 from maodun.arena.run import run
 from maodun.attacks.gradient.orthogonal import Orthogonal
 from maodun.attacks.gradient.pgd import PGD
@@ -43,6 +45,7 @@ from maodun.defenses.detection import (
     risk_coverage,
     save_detector,
 )
+from maodun.zoo import load_data
 from maodun.zoo.data.base import make_dataset
 
 
@@ -296,6 +299,10 @@ def test_a_detector_of_another_model_and_one_without_data_are_refused(tmp_path) 
     file = save_detector(made(MaxSoftmax()), tmp_path / "two.safetensors")
     with pytest.raises(InputError, match="fitted to a model whose weights begin"):
         run(recipe(defense="max_softmax", options={"file": str(file)}), f"memory://det/{uuid.uuid4().hex}")
+    squeezed = save_detector(made(FeatureSqueezing(bits=4, median=0)), tmp_path / "squeezed.safetensors")
+    load_detector(squeezed, FeatureSqueezing(bits=4, median=0), Two())
+    with pytest.raises(InputError, match="was fitted with 'bits=4, median=0', not with 'bits=5, median=0'"):
+        load_detector(squeezed, FeatureSqueezing(bits=5, median=0), Two())
     with pytest.raises(InputError, match="holds a max_softmax"):
         load_detector(file, Entropy(), Two())
     with pytest.raises(InputError, match="cannot be read"):
@@ -334,6 +341,39 @@ def test_a_detector_stands_first_in_a_stack_and_keys_its_purifier_by_sample() ->
     once = ask(ids)
     assert torch.allclose(ask(order), once[order], atol=1e-6)
     assert torch.allclose(torch.cat([ask(ids[:1]), ask(ids[1:])]), once, atol=1e-6)
+
+
+def test_a_purifier_that_compares_draws_other_noise_than_the_same_one_behind_it() -> None:
+    x, ids = images(4)[0], torch.arange(4)
+    detector = PurifyCompare("gaussian_noise")
+    seen: list[Tensor] = []
+    behind = build_defense("gaussian_noise").wrap(Two().eval())
+    behind.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad(), context.draw(Stream(0, "test"), ids, torch.zeros_like(ids)):
+        RejectingClassifier(behind, detector).answer(x)
+    first, second = seen[0] - x, seen[1] - x
+    # The second input carries the detector's noise and the defence's; equal draws would give twice the first.
+    assert not torch.allclose(second, 2 * first, atol=1e-3)
+
+
+def test_a_file_without_splits_is_never_fitted_to_where_it_is_judged(tmp_path) -> None:
+    x, y = images(90)
+    file = tmp_path / "one.npz"
+    np.savez(file, x=x.numpy(), y=y.numpy())
+    for split, validation in (("test", "train"), ("test", "validation"), ("train", "train")):
+        spec = recipe().model_copy(update={"data": DataSpec(spec=f"npz:{file}", split=split, limit=30)})
+        judged = load_data(spec.data.spec, split=split, limit=30)
+        (fitted, labels), clean = clean_samples(spec, judged, MaxSoftmax(validation=validation))
+        assert torch.equal(fitted, x[30:78]) and torch.equal(labels, y[30:78])
+        assert torch.equal(clean, x[78:])
+    with pytest.raises(InputError, match="no clean samples beside the 90"):
+        clean_samples(spec, load_data(spec.data.spec), MaxSoftmax())
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", None), ("flow", 1.0), ("l0", 3.0)])
+def test_what_a_trained_detector_cannot_learn_from_is_refused_first(norm, eps) -> None:
+    with pytest.raises(InputError, match="no ball that it searches"):
+        pgd_adversary(ThreatSpec(norm=norm, eps=eps), 0)
 
 
 @pytest.mark.parametrize("options", [{"fpr": 0.0}, {"fpr": 1.0}, {"samples": 1}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from maodun.core.threat import Threat
 from maodun.core.verdict import judge
 from maodun.defenses import Stack, build_defense
 from maodun.defenses.ensembles import Committee
+from maodun.defenses.purification import GDMP, Denoiser, DiffusionFilter, DistributionTransfer
 from maodun.defenses.training.adp import ADP, entropy, log_diversity
 from maodun.defenses.training.input_gradient import InputGradient
 from maodun.defenses.training.objective import Batch
@@ -95,6 +97,18 @@ class TestCommittee:
         through = gradient(committee, x, torch.zeros(6, dtype=torch.int64), BPDA(every=False))
         assert float(plain.abs().max()) == 0.0
         assert bool((through != 0).flatten(1).any(1).all())
+
+    def test_sure_members_do_not_hide_the_way_to_the_other_class(self) -> None:
+        class Sure(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.stack([60.0 + x.sum(1), -x.sum(1), -9.0 - x[:, 0]], dim=1)
+
+        x = torch.rand(4, 5, requires_grad=True)
+        committee = Committee([Sure(), Sure()], fusion="majority")
+        with BPDA(every=False).around(committee):
+            logits = committee(x)
+        (slope,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), x)
+        assert bool((slope < 0).all())
 
     def test_each_member_by_its_own_loss(self) -> None:
         members = [nn.Linear(4, 3), nn.Linear(4, 3)]
@@ -234,6 +248,10 @@ class TestStack:
             Stack([])
         with pytest.raises(InputError, match="stands in it twice"):
             Stack([build_defense("bit_depth"), build_defense("bit_depth", bits=2)])
+        score = Denoiser()
+        with pytest.raises(InputError, match="draws the very noise of 'diffusion_filter'"):
+            Stack([DiffusionFilter(score), DistributionTransfer(score)])
+        Stack([DiffusionFilter(score), GDMP(score)])
         detector = build_defense("max_softmax")
         with pytest.raises(InputError, match="put what refuses first"):
             Stack([build_defense("bit_depth"), detector])
@@ -333,6 +351,9 @@ def test_the_command_line_takes_several_defences_and_gives_them_again() -> None:
     line = evaluate_command(plan.recipe, plan.cells[0])
     assert line is not None
     assert "--defense gaussian,jpeg:quality=40" in line
-    assert "--gradient auto" in line
+    # It is what the line means without saying so.
+    assert "--gradient" not in line
+    exact = dataclasses.replace(flags, gradient="exact").recipe()
+    assert "--gradient exact" in str(evaluate_command(exact, make_plan(exact, 4).cells[0]))
     with pytest.raises(InputError, match="names no defence"):
         parse_defenses(" , ")

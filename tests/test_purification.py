@@ -51,6 +51,17 @@ def test_votes_average_probabilities_of_independent_purifications() -> None:
     assert filter_.spec.votes == 3
 
 
+def test_votes_of_a_sure_classifier_keep_their_derivative() -> None:
+    class Sure(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 300.0 * (torch.tensor([2.0, -1.0]) + torch.tensor([1.0, -1.0]) * x.flatten(1).mean(1, keepdim=True))
+
+    x = images(3).requires_grad_(True)
+    logits = Defended(DiffusionFilter(Gaussian(), votes=3), Sure())(x)
+    (slope,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), x)
+    assert bool((slope != 0).flatten(1).any(1).all())
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

@@ -102,6 +102,10 @@ class TestNetwork:
         DiffusionFilter(network, t_star=0.5)
         with pytest.raises(InputError, match=r"up to t\* 0.5 of vp_discrete.*not on 0.6"):
             DiffusionFilter(network, t_star=0.6)
+        # Churn asks beyond where it starts.
+        with pytest.raises(InputError, match=r"up to t\* 0.5 of vp_discrete"):
+            DiffusionFilter(network, t_star=0.5, sampler="heun_churn")
+        DiffusionFilter(network, t_star=0.4, sampler="heun_churn")
 
     @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 16, 16), (2, 64)])
     def test_other_images_are_refused(self, network: ScoreNetwork, shape: tuple[int, ...]) -> None:
@@ -234,7 +238,15 @@ class TestZoo:
             model, digest = shield_model(spec, torch.device("cpu"), nn.Flatten())
             assert model(torch.rand(2, 1, 8, 8)).shape == (2, 64)
             digests.append(digest)
-        assert len(set(digests)) == 2
+        for scores in (f"{file},{file}", f"{file},{other}"):
+            spec = ShieldSpec(model="zoo:digits-cnn", defense="diffusion_classifier", options={"scores": scores})
+            digests.append(shield_model(spec, torch.device("cpu"), nn.Flatten())[1])
+        assert len(set(digests)) == 4
+
+    def test_the_classifiers_networks_go_by_the_zoos_names_too(self) -> None:
+        spec = ShieldSpec(model="zoo:digits-cnn", defense="diffusion_classifier", options={"scores": "zoo:a,zoo:b"})
+        with pytest.raises(InputError, match="score network 'zoo:a': there is none of that name"):
+            shield_model(spec, torch.device("cpu"), nn.Flatten())
 
     def test_wrong_options_are_refused(self, file: Path) -> None:
         with pytest.raises(InputError, match="did you mean 't_star'"):
@@ -355,11 +367,13 @@ class TestPurify:
         Image.fromarray(noise).save(tmp_path / "big.png")
         (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:1500])
         (tmp_path / "text.png").write_text("not a picture")
+        Image.fromarray(noise[:8, :8].astype(np.uint16) * 257).save(tmp_path / "deep.png")
         out = tmp_path / "out.png"
         for name, words in (
             ("missing.png", "no such file"),
             ("cut.png", "corrupt or cut short"),
             ("text.png", "no picture of a known format"),
+            ("deep.png", "more than 8 bits per value"),
             ("big.png", "takes images N x 1 x 8 x 8, not N x 1 x 64 x 64"),
         ):
             assert words in maodun("purify", tmp_path / name, out, "--score", file).error

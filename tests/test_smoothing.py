@@ -185,6 +185,28 @@ class TestBatches:
         assert heard[-1] == (180, 180)
         assert [done for done, _ in heard] == sorted({done for done, _ in heard})
 
+    def test_a_model_in_training_mode_is_certified_as_it_will_be_used_and_left_as_it_was(self, tmp_path: Path) -> None:
+        from maodun.arena.certify import CertifyPlan, certify_model
+        from maodun.zoo.data.base import make_dataset
+
+        model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2)).train()
+        norm_layer = model[0]
+        assert isinstance(norm_layer, nn.BatchNorm2d)
+        data = make_dataset("given", "given", np.full((3, 1, 4, 4), 0.9, np.float32), np.arange(3) % 2, None)
+        plan = CertifyPlan.model_validate(
+            {
+                "data": {"spec": "given"},
+                "shield": {"model": "given:m"},
+                "sigma": 0.1,
+                "draws": 20,
+                "guesses": 5,
+                "alpha": 0.1,
+            }
+        )
+        certify_model(plan, tmp_path, model=model, data=data)
+        assert model.training
+        assert torch.equal(norm_layer.running_mean, torch.zeros(1))
+
     def test_nothing_to_certify(self) -> None:
         assert count_votes(plane(), points(0), torch.zeros(0), sigma=1.0, draws=3, stream=Stream(0, "a")).shape == (
             0,
@@ -262,6 +284,9 @@ class TestCommand:
         assert [eps for eps, _ in points] == [0.1, 0.5]
         for eps, robust in points:
             assert max(accuracy for radius, accuracy in certain if radius >= eps) <= robust
+        # Samples of two splits have the same numbers and are not the same samples.
+        other = maodun(*self.WORDS, "--split", "train", "--out", tmp_path / "train", "--beside", run, "-q")
+        assert "is of the test split" in other.error
 
     def test_defences_may_stand_between_and_the_command_line_is_kept(self, maodun: Any, tmp_path: Path) -> None:
         out = tmp_path / "run"
@@ -360,6 +385,19 @@ class TestDenoise:
     def test_bad_input(self, options: dict[str, Any], words: str) -> None:
         with pytest.raises(InputError, match=words):
             Denoise(**{"score": Gaussian(), **options})
+
+    def test_a_sigma_beyond_the_networks_training_is_refused(self) -> None:
+        from maodun.defenses.purification.network import Core, ScoreNetwork
+
+        trained = ScoreNetwork(Core(nn.Identity(), vp()), (1, 4, 4), top=vp().ratio(99), name="little")
+        Denoise(trained, sigma=0.16)
+        with pytest.raises(InputError, match="trained on noise up to"):
+            Denoise(trained, sigma=0.2)
+
+    def test_levels_go_by_name(self) -> None:
+        assert Denoise(Gaussian(), sigma=0.2, levels="vp").levels == vp()
+        with pytest.raises(InputError, match="there is no such table"):
+            Denoise(Gaussian(), levels="vq")
 
 
 class TestNoise:

@@ -155,6 +155,10 @@ def attacks_beside(store: Store | str, run: Store | str) -> list[Beside]:
     if other["data"]["spec"] != manifest["data"]["spec"]:
         reason = f"is of data '{other['data']['spec']}', the certificates of '{manifest['data']['spec']}'"
         raise StoreError(run.location, reason, "give a run on the same data")
+    mine, theirs = manifest["certificate"]["data"]["split"], other["recipe"]["data"]["split"]
+    if mine != theirs:
+        reason = f"is of the {theirs} split, the certificates of the {mine} split"
+        raise StoreError(run.location, reason, "give a run on the same data")
     certain = dict(zip(columns["sample_id"].tolist(), certain_radius(columns).tolist(), strict=True))
     lines: dict[tuple[str, str], list[tuple[float, Rate, int, int]]] = {}
     for records in cell_records(run):

@@ -25,6 +25,7 @@ from maodun.arena.store import Store, part_name
 from maodun.core import admission, context
 from maodun.core.errors import InputError
 from maodun.core.memory import PeakMemory
+from maodun.core.modes import evaluation_mode
 from maodun.core.oracle import granted
 from maodun.core.streams import Stream
 from maodun.defenses.smoothing import certify
@@ -164,7 +165,8 @@ def _admit(model: nn.Module, data: Dataset, device: torch.device) -> None:
     few = admission.check_inputs(data.x[:2]).to(device)
     try:
         ids = data.ids[:2].to(device)
-        with torch.no_grad(), context.draw(Stream(0, "admission"), ids, torch.zeros_like(ids)):
+        where = context.draw(Stream(0, "admission"), ids, torch.zeros_like(ids))
+        with evaluation_mode(model), torch.no_grad(), where:
             classes = model(few).shape[1]
     except (RuntimeError, IndexError) as error:
         reason = f"cannot take inputs of shape {tuple(few.shape[1:])} ({str(error).splitlines()[0]})"

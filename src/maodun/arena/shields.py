@@ -50,8 +50,7 @@ def _with_scores(model: nn.Module, digest: str) -> str:
     """
     from maodun.defenses.purification import Denoiser
 
-    inside = (getattr(module, "denoiser", None) for module in model.modules())
-    scores = [_digest(each) for each in inside if isinstance(each, Denoiser)]
+    scores = [_digest(each) for each in model.modules() if isinstance(each, Denoiser)]
     return hashlib.sha256("".join([digest, *scores]).encode()).hexdigest() if scores else digest
 
 
@@ -94,6 +93,10 @@ def build_part(part: DefensePart) -> Defense:
         from maodun.zoo.scores import find_score
 
         options["score"] = find_score(options["score"])
+    if isinstance(options.get("scores"), str):
+        from maodun.zoo.scores import find_score
+
+        options["scores"] = ",".join(find_score(each.strip()) for each in options["scores"].split(","))
     defense = build_defense(part.name, **options)
     if isinstance(defense, Quilting) and defense.source and not defense.bank.numel():
         from maodun.zoo import load_data

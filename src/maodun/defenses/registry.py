@@ -49,6 +49,7 @@ def build_defense(name: str, **options: Any) -> Defense:
         default = known[option]
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
             kind = type(default).__name__
-            raise InputError(f"option '{option}' of '{name}'", f"{value!r} is not of type {kind}", f"give a {kind}")
+            remedy = f"give {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+            raise InputError(f"option '{option}' of '{name}'", f"{value!r} is not of type {kind}", remedy)
     build: Callable[..., Defense] = DEFENSES[name]
     return build(**options)

@@ -14,10 +14,10 @@ class Stack(Defense):
     """The defences `parts` one behind the other, the first nearest to the input, the classifier behind the last.
 
     `wrap(model)` lets every part wrap what stands behind it, so parts that change the classifier, answer for it or
-    refuse to answer may stand among those that change the input. As a map of inputs it is the parts' composition.
-    What it is worth to an attacker the parts declare themselves. InputError for no part, the same name twice (equal
-    names would draw equal noise), a part that may refuse to answer anywhere but first, and one that changes the
-    classifier itself anywhere but last.
+    refuse to answer may stand among those that change the input. As a map of inputs it is the parts' composition. What
+    it is worth to an attacker the parts declare themselves. InputError for no part, the same name twice (equal names
+    would draw equal noise), two that draw the same noise, a part that may refuse to answer anywhere but first, and one
+    that changes the classifier itself anywhere but last.
     """
 
     name = "stack"
@@ -60,6 +60,11 @@ def refuse_incompatible(parts: Sequence[Defense]) -> None:
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise InputError(thing, f"'{twice}' stands in it twice", "keep one of them")
+    drawn = [part.noise_of or part.name for part in parts]
+    place = next((place for place, noise in enumerate(drawn) if noise in drawn[:place]), None)
+    if place is not None:
+        first = names[drawn.index(drawn[place])]
+        raise InputError(thing, f"'{names[place]}' draws the very noise of '{first}'", "keep one of them")
     for place, part in enumerate(parts):
         if part.spec.may_reject and place > 0:
             reason = f"'{part.name}' may refuse to answer and stands behind '{names[place - 1]}'"

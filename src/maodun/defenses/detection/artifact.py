@@ -27,7 +27,9 @@ def save_detector(rejecting: RejectingClassifier, path: str | Path) -> Path:
         raise InputError(
             f"detector '{detector.name}'", "has no threshold and nothing to keep", "fit_detector(...) first"
         )
-    about = {"name": detector.name, "fpr": detector.fpr, "model": detector.fitted_to}
+    about = {
+        "name": detector.name, "fpr": detector.fpr, "model": detector.fitted_to, "measures": detector.measures()
+    }  # fmt: skip
     names = ("threshold", "spread", *detector.learnt)
     tensors = {name: getattr(detector, name).detach().cpu().contiguous() for name in names}
     return write_whole(path, save(tensors, metadata={_HEADER: json.dumps(about, sort_keys=True)}))
@@ -36,7 +38,8 @@ def save_detector(rejecting: RejectingClassifier, path: str | Path) -> Path:
 def load_detector(path: str | Path, detector: Detector, model: nn.Module) -> RejectingClassifier:
     """Fill `detector` with what was fitted and return it in front of `model`.
 
-    InputError for a file that is none of ours, of another kind of detector, or fitted to a model with other weights.
+    InputError for a file that is none of ours, of another kind of detector or one with other options, or fitted to a
+    model with other weights.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -51,6 +54,10 @@ def load_detector(path: str | Path, detector: Detector, model: nn.Module) -> Rej
         raise InputError(thing, "holds no fitted detector", "save one with save_detector or fit-detector") from error
     if about["name"] != detector.name:
         raise InputError(thing, f"holds a {about['name']}", f"use defense {about['name']}, or fit {detector.name}")
+    # Files of before this was kept do not say.
+    if about.get("measures", own := detector.measures()) != own:
+        reason = f"was fitted with '{about['measures']}', not with '{own}'"
+        raise InputError(thing, reason, "give the options it was fitted with, or fit it anew")
     found = state_sha256(model)
     if about["model"] != found:
         reason = f"was fitted to a model whose weights begin {about['model'][:12]}, not {found[:12]}"

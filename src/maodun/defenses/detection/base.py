@@ -83,6 +83,10 @@ class Detector(Defense):
     def learn(self, seen: Seen, y: Tensor, adversarial: Seen | None) -> None:
         """Fit to clean samples with labels `y` (N,), and to attacked ones where `needs_adversary`; nothing here."""
 
+    def measures(self) -> str:
+        """Return what decides the score besides what was learnt: a threshold is good for equal texts only."""
+        return f"layers={','.join(self.layers)}" if self.needs_features else ""
+
     def keep(self, **tensors: Tensor) -> None:
         """Store what was learnt as float32 buffers."""
         for name, value in tensors.items():
@@ -159,7 +163,8 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> list[Tap]:
         return [Tap(last[-1], entering=True)]
     for name in names:
         if name not in modules:
-            raise InputError(f"layer '{name}'", "the classifier has none of that name", nearest(name, list(modules)))
+            known = [each for each in modules if each]
+            raise InputError(f"layer '{name}'", "the classifier has none of that name", nearest(name, known))
     return [Tap(modules[name]) for name in names]
 
 

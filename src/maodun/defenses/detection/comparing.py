@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from maodun.core import context
 from maodun.core.errors import InputError
 from maodun.defenses.detection.base import Detector, Seen
 from maodun.defenses.preprocessing.base import Defense, DefenseSpec
@@ -41,6 +42,11 @@ class FeatureSqueezing(Detector):
     ) -> None:
         super().__init__(fpr, samples, validation, file)
         self.squeezers = nn.ModuleList([BitDepth(bits), *([Median(median)] if median else [])])
+        self.bits, self.median = bits, median
+
+    def measures(self) -> str:
+        """Return the squeezers."""
+        return f"bits={self.bits}, median={self.median}"
 
     def score(self, seen: Seen) -> Tensor:
         """Return the largest distance over the squeezers."""
@@ -80,6 +86,13 @@ class PurifyCompare(Detector):
         self.purifier.attach(model)
         return super().wrap(model)
 
+    def measures(self) -> str:
+        """Return the purifier with its options."""
+        return f"{self.purifier.name}({self.purifier.extra_repr()})"
+
     def score(self, seen: Seen) -> Tensor:
         """Return the distance."""
-        return moved(seen, self.purifier(seen.x))
+        # Noise of its own: the same purifier may stand behind this detector as well.
+        with context.part(self.name):
+            purified: Tensor = self.purifier(seen.x)
+        return moved(seen, purified)

@@ -95,6 +95,10 @@ class NearestNeighbours(Detector):
         super().__init__(fpr, samples, validation, file, layers)
         self.k = _neighbours(k, samples)
 
+    def measures(self) -> str:
+        """Return layers and number of neighbours."""
+        return f"{super().measures()}, k={self.k}"
+
     def learn(self, seen: Seen, y: Tensor, adversarial: Seen | None) -> None:  # noqa: ARG002 - the common shape
         """Remember the clean features."""
         self.keep(memory=torch.cat([_unit(feature) for feature in seen.features], 1))
@@ -131,6 +135,10 @@ class LID(Detector):
         self.k = _neighbours(k, samples)
         if self.k < 2:
             raise InputError(f"k {k}", "a dimensionality needs two neighbours or more", "give for example 20")
+
+    def measures(self) -> str:
+        """Return layers and number of neighbours."""
+        return f"{super().measures()}, k={self.k}"
 
     def learn(self, seen: Seen, y: Tensor, adversarial: Seen | None) -> None:  # noqa: ARG002 - the common shape
         """Remember the clean features."""

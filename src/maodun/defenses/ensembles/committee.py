@@ -71,7 +71,8 @@ class Committee(Ensemble):
             return (weights.log() + answers.log_softmax(2)).logsumexp(1)
         shares = answers.softmax(2).detach()
         votes = answers if self.votes is None else self.votes(answers)
-        return (weights * (votes + _TIE * shares)).sum(1).clamp_min(1e-12).log()
+        # Clamped no higher than need be: below it a class without a vote has no derivative left.
+        return (weights * (votes + _TIE * shares)).sum(1).clamp_min(torch.finfo(torch.float32).tiny).log()
 
     def answers(self, x: Tensor) -> Tensor:
         """Return every member's logits, N x M x C."""

@@ -34,7 +34,8 @@ class Defense(nn.Module):
     Subclasses set `name` and `spec` and implement `forward`; an instance may refine `spec`, when its options decide
     what it costs. `bpda_partner` is the smooth stand-in whose derivative the BPDA estimator uses in the backward pass;
     without one of its own a defence offers the identity. A defence that changes the classifier, or answers in its
-    place, overrides `wrap`; `innermost` says that it only does so right around the classifier.
+    place, overrides `wrap`; `innermost` says that it only does so right around the classifier. `noise_of` names another
+    defence whose noise it draws.
     """
 
     name: ClassVar[str] = "defense"
@@ -42,6 +43,7 @@ class Defense(nn.Module):
     stochastic: ClassVar[bool] = False
     broken: ClassVar[bool] = False
     innermost: ClassVar[bool] = False
+    noise_of: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         """Publish `stochastic` and `broken` (no derivative of its own) where Oracle, verdict and BPDA look for them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -68,7 +69,7 @@ class DiffusionFilter(Defense):
         self.sampler = find_sampler(sampler)
         self.t_star, self.steps, self.rounds, self.votes = t_star, steps, rounds, votes
         self.path = self.sampler.grid(self.levels.index(t_star), steps)
-        self.denoiser.need_range(self.levels, self.path[0])
+        self.denoiser.need_range(self.levels, self.sampler.highest(self.levels, self.path))
         self.spec = DefenseSpec(
             stochastic=True, inner_loop=True, nfe=rounds * votes * self.sampler.nfe(steps), votes=votes
         )
@@ -221,8 +222,9 @@ def vote(defense: Defense, model: nn.Module, x: Tensor) -> Tensor:
     votes = defense.spec.votes
     for v in range(votes):
         with context.part(f"vote-{v}"):
-            shares: Tensor = model(defense(x)).softmax(1)
-        total = shares if total is None else total + shares
+            shares: Tensor = model(defense(x)).log_softmax(1)
+        # In logarithms: a probability that rounds to zero has no derivative left.
+        total = shares if total is None else torch.logaddexp(total, shares)
     if total is None:
         raise InputError("votes 0", "there has to be at least one", "use 1")
-    return (total / votes).clamp_min(1e-30).log()
+    return total - math.log(votes)

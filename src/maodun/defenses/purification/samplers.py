@@ -68,6 +68,11 @@ class Sampler:
         """Return how often the network is asked in a chain of `steps` steps."""
         return steps
 
+    def highest(self, levels: Levels, path: tuple[int, ...]) -> int:
+        """Return the noisiest level at which the network is asked along the `path` of `grid`: where it starts."""
+        del levels
+        return path[0]
+
 
 @dataclass(frozen=True)
 class DDIM(Sampler):

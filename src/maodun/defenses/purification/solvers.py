@@ -119,9 +119,7 @@ class Heun(Sampler):
         """Return the state at level `s`."""
         y = state[0] / levels.at(t)[0]
         if self.churn:
-            here = levels.ratio(t)
-            aim = min(here + self.churn * (here - levels.ratio(s)), math.sqrt(2.0) * here)
-            up = max(t, levels.nearest(aim))
+            up = self._up(levels, t, s)
             y = y + math.sqrt(max(0.0, levels.ratio(up) ** 2 - levels.ratio(t) ** 2)) * noise
             t = up
         fall = levels.ratio(s) - levels.ratio(t)
@@ -131,6 +129,16 @@ class Heun(Sampler):
         if s != CLEAN:
             out = (y + (0.5 * fall) * (first + denoiser(out, s, levels))) * scale
         return (out,)
+
+    def _up(self, levels: Levels, t: int, s: int) -> int:
+        """Return the level that churn raises `t` to, before the step to `s`."""
+        here = levels.ratio(t)
+        aim = min(here + self.churn * (here - levels.ratio(s)), math.sqrt(2.0) * here)
+        return max(t, levels.nearest(aim))
+
+    def highest(self, levels: Levels, path: tuple[int, ...]) -> int:
+        """Return the level that the first step's churn raises the start to."""
+        return self._up(levels, path[0], path[1]) if self.churn else path[0]
 
     def nfe(self, steps: int) -> int:
         """Return the evaluations of `steps` steps: the last one takes one."""

@@ -43,6 +43,7 @@ class DistributionTransfer(Watching):
     """
 
     name = "distribution_transfer"
+    noise_of = DiffusionFilter.name
     spec = DefenseSpec(stochastic=True, inner_loop=True)
 
     def __init__(
@@ -77,7 +78,7 @@ class DistributionTransfer(Watching):
         """Return the noise of move `i`, drawn under the plain filter's name: scale 0 is that filter to the bit."""
         if t != CLEAN and not self.sampler.stochastic:
             return x.new_zeros(())
-        return context.noise(x, f"{DiffusionFilter.name}-{i}").normal()
+        return context.noise(x, f"{self.noise_of}-{i}").normal()
 
     def guide(self, x: Tensor) -> State:
         """Return what the objective compares with, a differentiable function of `x`."""

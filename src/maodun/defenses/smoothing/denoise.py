@@ -10,7 +10,7 @@ from maodun.core import context
 from maodun.core.errors import InputError
 from maodun.defenses.preprocessing.base import Defense, DefenseSpec
 from maodun.defenses.purification.denoiser import Denoiser
-from maodun.defenses.purification.levels import Levels, vp_discrete
+from maodun.defenses.purification.levels import Levels, parse_levels, vp_discrete
 from maodun.defenses.purification.loading import load_score
 from maodun.defenses.purification.purifier import vote
 from maodun.defenses.purification.samplers import DDIM, Sampler, State, Tweedie
@@ -38,25 +38,26 @@ class Denoise(Defense):
     network (a Denoiser, or what `load_score` reads) gives Tweedie's estimate of the clean image (Carlini et al.,
     ICLR 2023), with more the stochastic reverse chain of so many steps draws one from the posterior. `votes` > 1
     averages the classifier's probabilities over so many draws of it (DensePure, ICLR 2023, counts their classes
-    instead). It adds no noise of its own to the input: certify it, or put gaussian_noise in front. InputError for
-    sigma, steps or votes that cannot be.
+    instead). It adds no noise of its own to the input: certify it, or put gaussian_noise in front. `levels` is as for
+    DiffusionFilter. InputError for sigma, steps or votes that cannot be, and a sigma beyond the network's training.
     """
 
     name = "denoise"
     spec = DefenseSpec(nfe=1)
 
     def __init__(
-        self, score: str | Denoiser = "", sigma: float = 0.25, steps: int = 1, votes: int = 1,
-        levels: Levels | None = None,
-    ) -> None:  # fmt: skip
+        self, score: str | Denoiser = "", sigma: float = 0.25, steps: int = 1, votes: int = 1, levels: str | Levels = ""
+    ) -> None:
         super().__init__()
         if votes < 1 or (votes > 1 and steps == 1):
             reason = "there has to be at least one" if votes < 1 else "one step draws nothing, so all votes would agree"
             raise InputError(f"votes {votes}", reason, "use votes 1, or more steps")
         self.denoiser = load_score(score).freeze()
-        self.levels: Levels = levels or getattr(self.denoiser, "levels", None) or vp_discrete()
+        own = getattr(self.denoiser, "levels", None) or vp_discrete()
+        self.levels: Levels = (parse_levels(levels) if levels else own) if isinstance(levels, str) else levels
         self.sampler: Sampler = Tweedie() if steps == 1 else DDIM(eta=1.0)
         self.path = self.sampler.grid(matching_level(self.levels, sigma), steps)
+        self.denoiser.need_range(self.levels, self.path[0])
         self.sigma, self.steps, self.votes = sigma, steps, votes
         self.spec = DefenseSpec(stochastic=steps > 1, nfe=votes * self.sampler.nfe(steps), votes=votes)
         self.stochastic = steps > 1  # type: ignore[misc]
