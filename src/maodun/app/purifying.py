@@ -41,7 +41,7 @@ def purify(picture: str, out: str, *, score: str, seed: int, device: str, quiet:
 
 
 def read_picture(path: str) -> Any:
-    """Return the decoded Pillow image of a file; InputError when it is missing, no picture, or cut short."""
+    """Return the decoded Pillow image of a file; InputError when it is missing, no picture, cut short, or not 8 bit."""
     from PIL import Image, UnidentifiedImageError
 
     file = Path(path).expanduser()
@@ -50,12 +50,16 @@ def read_picture(path: str) -> Any:
     try:
         with Image.open(file) as image:
             image.load()
-            return image.copy()
+            picture = image.copy()
     except UnidentifiedImageError as error:
         raise InputError(f"picture '{path}'", "holds no picture of a known format", "give a PNG or JPEG") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = f"cannot be decoded ({str(error).splitlines()[0]})"
         raise InputError(f"picture '{path}'", reason, "it is corrupt or cut short: fetch it again") from error
+    if picture.mode.startswith(("I", "F")):
+        # Pillow's conversion would cut all above 255 off, which leaves a white picture.
+        raise InputError(f"picture '{path}'", "holds more than 8 bits per value", "save it with 8 bits")
+    return picture
 
 
 def as_tensor(image: Any, shape: tuple[int, int, int] | None) -> Tensor:

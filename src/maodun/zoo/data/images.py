@@ -26,6 +26,9 @@ def decode(source: bytes | Path, thing: str) -> np.ndarray[Any, Any]:
 
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            if picture.mode.startswith(("I", "F")):
+                # Pillow's conversion would cut all above 255 off, which leaves a white picture.
+                raise InputError(thing, "it holds more than 8 bits per value", "save it with 8 bits")
             return np.asarray(picture.convert("L" if picture.mode in _GREY else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(thing, f"it is not a readable picture ({error})", "replace or remove the file") from error
