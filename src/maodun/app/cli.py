@@ -181,6 +181,30 @@ def diagnose(
     )  # fmt: skip
 
 
+@app.command("fit-detector")
+def fit_detector(
+    model: Annotated[str, typer.Argument(help="The classifier, as after --model elsewhere.", show_default=False)],
+    data: o.Data,
+    out: Annotated[str, typer.Option(help="The .safetensors file to write.", show_default=False)],
+    detector: Annotated[str, typer.Option(help="A detector, as knn:k=20:fpr=0.01.")] = "mahalanobis",
+    norm: Annotated[str, typer.Option(help="The norm of the attacks that trained_detector learns from.")] = "linf",
+    eps: Annotated[str | None, typer.Option(help="Their radius in [0, 1] input units, as 8/255.")] = None,
+    weights: o.Weights = None,
+    model_option: o.ModelOption = None,
+    limit: Annotated[int, typer.Option(help="So many test samples are left alone, to be judged later.", min=1)] = 1000,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    quiet: o.Quiet = False,
+) -> None:
+    """Fit a detector to a model on clean data and keep it as a file, for --defense NAME:file=FILE."""
+    from maodun.app import fitting
+
+    fitting.fit_detector(
+        model, data, out, detector=detector, norm=norm, eps=eps, weights=weights, model_option=model_option,
+        limit=limit, seed=seed, device=device, quiet=quiet,
+    )  # fmt: skip
+
+
 @app.command()
 def multitask(
     recipe: Annotated[str, typer.Argument(help="A multi-task recipe in YAML.", show_default=False)],
