@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from maodun.app.cli import run as command
 from maodun.arena.diagnostics import Examination, examine
 from maodun.arena.fallback import bare
-from maodun.arena.indicators import agreement
+from maodun.arena.indicators import agreement, jumps
 from maodun.arena.laboratory import Laboratory
 from maodun.arena.recipe import SpearSpec, make_recipe
 from maodun.arena.remedies import Contrast, Double, StraightThrough
@@ -165,6 +165,28 @@ def test_finite_differences_agree_exactly_on_a_line_and_never_on_a_lie() -> None
     assert max(share for _, share in agreement(laboratory(Lying()))) == 0.0
     found = {finding.name: finding for finding in examined(Lying()).findings}
     assert found["finite_differences"].level == "alarm"
+
+
+def test_an_answer_that_jumps_is_searched_by_values_and_from_other_starts() -> None:
+    def sawtooth(z: Tensor, width: float = 0.01) -> Tensor:
+        """Let the margin fall on every tooth and rise from tooth to tooth: a true slope of no use."""
+        lead = z[:, 0] - z[:, 1]
+        return torch.stack([lead - 1.5 * (lead - width * (lead / width).detach().floor()), torch.zeros_like(lead)], 1)
+
+    toothed = Around(after=sawtooth)
+    shares = agreement(laboratory(toothed))
+    assert shares[0][1] > 0.6 and shares[-1][1] < 0.2
+    assert jumps(laboratory(toothed)) and not jumps(laboratory(linear(classes=2)))
+    found = examined(toothed)
+    (diagnosis,) = found.diagnoses
+    trials = {each.name: each for each in diagnosis.trials}
+    assert diagnosis.verdict == "masked"
+    assert trials["long square"].standing.value <= trials["square"].standing.value < diagnosis.plain.value
+    assert "restarts" in trials
+    # Nearly as many fall as of the model without the teeth.
+    assert round(40 * diagnosis.bound.value) <= standing(toothed.model) + 2
+    told = next(finding for finding in found.findings if finding.name == "finite_differences")
+    assert told.level == "note" and "square with 2000 queries" in told.action
 
 
 def test_wrappers_keep_the_values() -> None:
