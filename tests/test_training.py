@@ -111,6 +111,26 @@ class TestLoop:
         assert equal(run(self.settings, checkpoint), run(self.settings))
         assert not list(tmp_path.glob("*.part"))
 
+    def test_dropout_belongs_to_the_step_and_not_to_torchs_own_generator(self, tmp_path: Path) -> None:
+        def train(name: str, stop_after: int = 0) -> nn.Module:
+            model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+            initialise(model, 0)
+
+            def stop(line: dict[str, float]) -> None:
+                torch.rand(5)  # whatever else draws in this process changes nothing
+                if line["epoch"] + 1 == stop_after:
+                    raise KeyboardInterrupt
+
+            fit(
+                model, X, Y, Standard(), self.settings, validate=accuracy, checkpoint=tmp_path / name, on_epoch=stop
+            )  # fmt: skip
+            return model
+
+        whole = train("a")
+        with pytest.raises(KeyboardInterrupt):
+            train("b", stop_after=2)
+        assert equal(train("b"), whole)
+
     def test_a_checkpoint_of_other_settings_is_refused(self, tmp_path: Path) -> None:
         run(self.settings, tmp_path / "run.ckpt")
         with pytest.raises(InputError, match="other settings"):

@@ -6,7 +6,8 @@ import atexit
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from maodun.core.errors import InputError
+from maodun.core.streams import Stream
 from maodun.defenses.training.augment import CutMix, NoAugmentation, ShiftFlip
 from maodun.defenses.training.memory import Memory
 from maodun.defenses.training.norms import refresh_norms
@@ -64,16 +66,16 @@ def fit(
 ) -> FitReport:
     """Train `model` in place on x (N x ... in [0, 1]) and y (N,), and leave the best epoch's weights in it.
 
-    `validate` scores a model in evaluation mode, higher is better; it must use samples held out of `x`, never the
-    test set. `checkpoint` is a file written whole after every epoch (temporary name, then renamed); a second call
-    with the same arguments continues after the last one; `label` tells runs apart whose settings agree. Order,
-    augmentation and inner attacks are functions of `seed` and the epoch, so a continued run equals an undisturbed
-    one. Started by torchrun, every process takes its share of each batch and gradients are averaged: the same steps
-    up to rounding, except that batch norm, and objectives with a memory, see the shares; the first process validates
-    and writes. A GPU is used where there is one; on a CPU the convolutions' weights are laid out channels-last for the
-    length of the run. `on_epoch` gets each epoch's line, `on_step` how many batches are done
-    and how many there are. Returns a FitReport. Errors: InputError when lightning-fabric is missing, the loss is not
-    finite, the checkpoint is of other settings, or the objective cannot do what `settings` or `augment` ask.
+    `validate` scores a model in evaluation mode, higher is better; it must use samples held out of `x`, never the test
+    set. `checkpoint` is a file written whole after every epoch (temporary name, then renamed); a second call with the
+    same arguments continues after the last one; `label` tells runs apart whose settings agree. Order, augmentation,
+    inner attacks and dropout are functions of `seed` and the epoch, so a continued run equals an undisturbed one.
+    Started by torchrun, every process takes its share of each batch and gradients are averaged: the same steps up to
+    rounding, except that batch norm, and objectives with a memory, see the shares; the first process validates and
+    writes. A GPU is used where there is one; on a CPU the convolutions' weights are laid out channels-last for the
+    length of the run. `on_epoch` gets each epoch's line, `on_step` how many batches are done and how many there are.
+    Returns a FitReport. Errors: InputError when lightning-fabric is missing, the loss is not finite, the checkpoint is
+    of other settings, or the objective cannot do what `settings` or `augment` ask.
     """
     _refuse(objective, settings, augment)
     fabric = _fabric(settings.precision)
@@ -186,7 +188,7 @@ class _Stepper:
             parts.append((Batch(inputs, labels, ids, place * replays, shares), share))
         value = 0.0
         for replay in range(replays):
-            value = self._step(parts, replay)
+            value = self._step(parts, replay, seed)
             if not math.isfinite(value):
                 # Before the step, so that the weights of the last good one are still whole.
                 where = f"epoch {epoch}, step {place * replays + replay}"
@@ -197,19 +199,35 @@ class _Stepper:
             self.memory.follow(self.model)
         return value
 
-    def _step(self, parts: list[tuple[Batch, float]], replay: int) -> float:
+    def _step(self, parts: list[tuple[Batch, float]], replay: int, seed: int) -> float:
         """Add up the gradients of all parts and return the mean loss over parts and processes."""
         self.optimiser.zero_grad()
         value = torch.zeros((), device=self.fabric.device)
         for number, (first, share) in enumerate(parts):
             batch = replace(first, step=first.step + replay)
-            with self.fabric.no_backward_sync(self.wrapped, enabled=number + 1 < len(parts)):
+            wait = self.fabric.no_backward_sync(self.wrapped, enabled=number + 1 < len(parts))
+            place = f"{batch.step}/{number}/{self.fabric.global_rank}"
+            with wait, _drawing(Stream(seed, f"train/torch/{place}"), self.fabric.device):
                 loss = self.objective(self.wrapped, batch)
                 self.fabric.backward(loss * share if share != 1.0 else loss)
             if isinstance(self.objective, Replaying):
                 self.objective.after_backward(batch)
             value += loss.detach() * share
         return float(self.fabric.all_reduce(value, reduce_op="mean"))
+
+
+@contextmanager
+def _drawing(stream: Stream, device: torch.device) -> Iterator[None]:
+    """Seed torch's own generators, which dropout draws from, with the key of `stream`, and give them back.
+
+    So a step draws what it would have drawn in a run that was never stopped.
+    """
+    high, low = stream.key
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(high << 32 | low)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(high << 32 | low)
+        yield
 
 
 def _fabric(precision: Precision) -> Any:
