@@ -23,10 +23,18 @@ from maodun.core import context
 from maodun.core.errors import InputError
 from maodun.core.streams import Stream
 from maodun.defenses import build_defense
-from maodun.defenses.purification import Denoiser, DiffusionFilter, Levels, load_score, vp_discrete
+from maodun.defenses.purification import (
+    Denoiser,
+    DiffusionFilter,
+    Levels,
+    LikelihoodMaximisation,
+    load_score,
+    vp_discrete,
+)
 from maodun.defenses.purification.artifact import load_artifact, save_score
 from maodun.defenses.purification.matching import ScoreMatching
 from maodun.defenses.purification.network import ScoreNetwork, new_network, small_unet
+from maodun.defenses.smoothing import Denoise
 from maodun.zoo.scores import find_score, list_scores
 
 ROOT = Path(__file__).parents[1]
@@ -115,8 +123,10 @@ class TestNetwork:
     def test_a_classifier_with_other_bounds_is_refused(self, network: ScoreNetwork) -> None:
         model = nn.Flatten()
         model.bounds = (-1, 1)  # type: ignore[assignment]
-        with pytest.raises(InputError, match=r"classifier: takes inputs in \[-1, 1\]"):
-            DiffusionFilter(network).wrap(model)
+        purifiers = (DiffusionFilter(network), LikelihoodMaximisation(network, least=0.1, most=0.2), Denoise(network))
+        for purifier in purifiers:
+            with pytest.raises(InputError, match=r"classifier: takes inputs in \[-1, 1\]"):
+                purifier.wrap(model)
         model.bounds = (0, 1)  # type: ignore[assignment]
         assert DiffusionFilter(network).wrap(model)(torch.zeros(2, 1, 8, 8)).shape == (2, 64)
 

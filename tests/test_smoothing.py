@@ -306,6 +306,7 @@ class TestCommand:
             (("--data", "cifar100000"), "cifar100000"),
             (("--device", "cuda:9"), "device 'cuda:9'"),
             (("--beside", "/nowhere/at/all"), "/nowhere/at/all"),
+            (("--defense", "max_softmax"), "may refuse to answer"),
         ],
     )
     def test_bad_input_is_one_line(self, maodun: Any, tmp_path: Path, words: tuple[str, ...], expected: str) -> None:

@@ -27,6 +27,7 @@ from maodun.core.errors import InputError
 from maodun.core.memory import PeakMemory
 from maodun.core.modes import evaluation_mode
 from maodun.core.oracle import granted
+from maodun.core.rejection import may_reject
 from maodun.core.streams import Stream
 from maodun.defenses.smoothing import certify
 from maodun.defenses.smoothing.bounds import check_confidence, check_sigma
@@ -158,10 +159,12 @@ def _shard(room: _Room, number: int, watch: Watcher) -> None:
 
 
 def _admit(model: nn.Module, data: Dataset, device: torch.device) -> None:
-    """Refuse a model that only decides elsewhere or cannot take the data, before any long work."""
+    """Refuse, before any long work, a model that decides elsewhere, may refuse to answer, or cannot take the data."""
     if granted(model) != "gradient":
         reason = "answers elsewhere, and certification asks thousands of times per sample"
         raise InputError("model", reason, "certify a model that runs here")
+    if may_reject(model):
+        raise InputError("model", "may refuse to answer, and a refusal has no radius", "leave the detector out")
     few = admission.check_inputs(data.x[:2]).to(device)
     try:
         ids = data.ids[:2].to(device)

@@ -13,7 +13,7 @@ from maodun.defenses.purification.denoiser import Denoiser, clean_estimate
 from maodun.defenses.purification.guided import slope, with_derivatives
 from maodun.defenses.purification.levels import Levels, parse_levels, vp_discrete
 from maodun.defenses.purification.loading import load_score
-from maodun.defenses.purification.purifier import vote
+from maodun.defenses.purification.purifier import refuse_bounds, vote
 from maodun.defenses.purification.replay import Replay, Way
 from maodun.defenses.purification.samplers import State
 
@@ -109,6 +109,10 @@ class LikelihoodMaximisation(Defense):
         with context.ensured(x):
             u = self.gradient.run(self, tuple(self.moves()), (start, zero, zero), (start,))
         return ((u + 1.0) / 2.0).clamp(0.0, 1.0)
+
+    def attach(self, model: nn.Module) -> None:
+        """Refuse a classifier that declares inputs outside of [0, 1]."""
+        refuse_bounds(model)
 
     def answer(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return the logits of `model` behind it; with votes, the log of the mean probabilities."""

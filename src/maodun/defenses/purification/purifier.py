@@ -154,11 +154,8 @@ class DiffusionFilter(Defense):
         return ((u + 1.0) / 2.0).clamp(0.0, 1.0)
 
     def attach(self, model: nn.Module) -> None:
-        """Refuse a classifier that declares inputs outside of [0, 1] (`bounds`, as foolbox's models have them)."""
-        bounds = getattr(model, "bounds", None)
-        if bounds is not None and tuple(float(edge) for edge in bounds) != (0.0, 1.0):
-            reason = f"takes inputs in [{float(bounds[0]):g}, {float(bounds[1]):g}], and the filter hands on [0, 1]"
-            raise InputError("classifier", reason, "put the scaling inside the model")
+        """Refuse a classifier that declares other inputs than what the filter hands on."""
+        refuse_bounds(model)
 
     def purify(self, x: Tensor, seed: int = 0, ids: Tensor | None = None, batch_size: int = 64) -> Tensor:
         """Return the purified images of `x` (N x C x H x W in [0, 1]), without gradients.
@@ -209,6 +206,14 @@ class DiffusionFilter(Defense):
             f"t_star={self.t_star}, steps={self.steps}, sampler={self.sampler!r}, rounds={self.rounds}, "
             f"votes={self.votes}, levels={self.levels.name}"
         )
+
+
+def refuse_bounds(model: nn.Module) -> None:
+    """Raise InputError for a classifier that declares inputs outside of [0, 1] (`bounds`, as foolbox's models do)."""
+    bounds = getattr(model, "bounds", None)
+    if bounds is not None and tuple(float(edge) for edge in bounds) != (0.0, 1.0):
+        reason = f"takes inputs in [{float(bounds[0]):g}, {float(bounds[1]):g}], and the filter hands on [0, 1]"
+        raise InputError("classifier", reason, "put the scaling inside the model")
 
 
 def vote(defense: Defense, model: nn.Module, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from maodun.defenses.preprocessing.base import Defense, DefenseSpec
 from maodun.defenses.purification.denoiser import Denoiser
 from maodun.defenses.purification.levels import Levels, parse_levels, vp_discrete
 from maodun.defenses.purification.loading import load_score
-from maodun.defenses.purification.purifier import vote
+from maodun.defenses.purification.purifier import refuse_bounds, vote
 from maodun.defenses.purification.samplers import DDIM, Sampler, State, Tweedie
 from maodun.defenses.smoothing.bounds import check_sigma
 
@@ -71,6 +71,10 @@ class Denoise(Defense):
             noise = context.noise(x, f"{self.name}-{i}").normal() if self.sampler.stochastic else x.new_zeros(())
             state = self.sampler.step(self.denoiser, self.levels, state, t, s, noise)
         return ((state[0] + 1.0) / 2.0).clamp(0.0, 1.0)
+
+    def attach(self, model: nn.Module) -> None:
+        """Refuse a classifier that declares inputs outside of [0, 1]."""
+        refuse_bounds(model)
 
     def answer(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return the logits of `model` on denoised inputs; with votes, the log of the mean probabilities."""
