@@ -74,6 +74,7 @@ class TestStatistics:
         ({"attack": "square"}, "linf", 6),
         ({"attack": "pgd", "gradient": "nes"}, "linf", 6),
         ({"attack": "stadv"}, "flow", 6),
+        ({"attack": "lowfreq", "eot": 20}, "linf", 6),
         ({"attack": "pgd", "seed_known": True}, "linf", 7),
     ],
 )

@@ -15,13 +15,14 @@ from maodun.attacks.gradient.apgd import APGD, APGDT
 from maodun.attacks.gradient.pgd import BIM, MIFGSM, NIFGSM, PGD
 from maodun.attacks.query.square import Square
 from maodun.attacks.registry import build_attack
-from maodun.attacks.transfer.inputs import cosine_basis, perturb_spectrum, resize_and_pad
+from maodun.attacks.transfer.inputs import perturb_spectrum, resize_and_pad
 from maodun.attacks.transfer.loop import Transfer
 from maodun.attacks.transfer.rules import RULES
 from maodun.attacks.transfer.smoothing import gaussian_kernel, smooth
 from maodun.core.engine import Candidates
 from maodun.core.ensemble import Ensemble
 from maodun.core.errors import InputError, UnsupportedError
+from maodun.core.geometry import cosine_basis
 from maodun.core.oracle import Budget, Oracle
 from maodun.core.status import Status
 from maodun.core.streams import Stream

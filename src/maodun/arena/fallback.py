@@ -21,7 +21,7 @@ from maodun.core.threat import Threat
 from maodun.core.verdict import Rule, judge
 
 # Single searches in a ball that climb a loss; recipes of several attacks have other ways out of their own.
-_CLIMBERS = frozenset({"fgsm", "bim", "pgd", "mifgsm", "nifgsm", "apgd", "apgd-t", "transfer"})
+_CLIMBERS = frozenset({"fgsm", "bim", "pgd", "mifgsm", "nifgsm", "lowfreq", "apgd", "apgd-t", "transfer"})
 _DRAWS = 10
 FALLBACK = "What it leaves standing is sent the example made for the bare classifier too."
 """What the plan says of it."""

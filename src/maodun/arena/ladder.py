@@ -33,6 +33,8 @@ RUNGS = {
 RESUBMISSIONS = (1, 2, 5, 10, 50)
 MAIN = (4, 5)
 _SELECTIVE = ("diffhammer", "diffattack")
+# Other threats than the ball's strongest: slow waves (displacements have a norm of their own).
+_UNSEEN = ("lowfreq",)
 _GRADIENTS = {"bpda": 1, "surrogate": 2, "adjoint": 3}
 # Fewer draws than this leave the mean gradient of a purifier mostly noise (DiffBreak: it settles near 64).
 _FEW = 10
@@ -44,7 +46,7 @@ def rung(spear: SpearSpec, attack: Attack[Any], norm: str) -> int:
         return 0
     if spear.seed_known:
         return 7
-    if attack.access != "gradient" or spear.gradient in ("nes", "spsa") or norm == "flow":
+    if attack.access != "gradient" or spear.gradient in ("nes", "spsa") or norm == "flow" or attack.name in _UNSEEN:
         return 6
     if attack.name in _SELECTIVE:
         return 5

@@ -17,6 +17,7 @@ from maodun.core.errors import InputError, nearest
 
 _ROOMS = {
     "gradient.pgd": ("fgsm", "bim", "pgd", "mifgsm", "nifgsm"),
+    "gradient.lowfreq": ("lowfreq",),
     "gradient.apgd": ("apgd", "apgd-t"),
     "gradient.diffhammer": ("diffhammer", "diffattack"),
     "gradient.confident": ("maxconf",),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -106,3 +109,12 @@ def sparse_l1(gradient: Tensor, x: Tensor, share: float | Tensor) -> Tensor:
     chosen = (size >= top) & usable
     step = torch.where(chosen, flat.sign(), torch.zeros_like(flat))
     return (step / chosen.sum(1, keepdim=True).clamp(min=1)).reshape(gradient.shape)
+
+
+@cache
+def cosine_basis(size: int) -> Tensor:
+    """Return the orthonormal DCT-II matrix, size x size: its rows are the basis vectors."""
+    k, n = torch.arange(size, dtype=torch.float64).view(-1, 1), torch.arange(size, dtype=torch.float64).view(1, -1)
+    basis = torch.cos(math.pi * (n + 0.5) * k / size) * math.sqrt(2.0 / size)
+    basis[0] /= math.sqrt(2.0)
+    return basis.float()

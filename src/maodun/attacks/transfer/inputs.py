@@ -6,13 +6,11 @@ give equal changes whatever batch a sample stands in.
 
 from __future__ import annotations
 
-import math
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maodun.core.geometry import cosine_basis
 from maodun.core.streams import Stream
 
 
@@ -50,12 +48,3 @@ def perturb_spectrum(x: Tensor, noise: Stream, ids: Tensor, number: int, rho: fl
     spectrum = rows @ shifted @ columns.T
     back: Tensor = rows.T @ (spectrum * factor) @ columns
     return back
-
-
-@cache
-def cosine_basis(size: int) -> Tensor:
-    """Return the orthonormal DCT-II matrix, size x size: its rows are the basis vectors."""
-    k, n = torch.arange(size, dtype=torch.float64).view(-1, 1), torch.arange(size, dtype=torch.float64).view(1, -1)
-    basis = torch.cos(math.pi * (n + 0.5) * k / size) * math.sqrt(2.0 / size)
-    basis[0] /= math.sqrt(2.0)
-    return basis.float()
