@@ -111,6 +111,16 @@ class TestLoop:
         assert equal(run(self.settings, checkpoint), run(self.settings))
         assert not list(tmp_path.glob("*.part"))
 
+    def test_a_last_batch_of_one_goes_with_the_one_before_it(self) -> None:
+        steps: list[tuple[int, int]] = []
+        for size in (59, 30, 60, 7):
+            model = network()  # its batch norm refuses a single sample
+            fit(
+                model, X, Y, Standard(), FitSettings(epochs=1, batch_size=size, rate=0.1), validate=accuracy,
+                on_step=lambda done, count: steps.append((done, count)),
+            )  # fmt: skip
+        assert [each for each in steps if each[0] == each[1]] == [(1, 1), (2, 2), (1, 1), (9, 9)]
+
     def test_dropout_belongs_to_the_step_and_not_to_torchs_own_generator(self, tmp_path: Path) -> None:
         def train(name: str, stop_after: int = 0) -> nn.Module:
             model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3))

@@ -87,12 +87,13 @@ def fit(
         memory.load(checkpoint)
     stepper = _Stepper(fabric, wrapped, model, optimiser, objective, settings, memory)
     samples = min(settings.samples or x.shape[0], x.shape[0])
-    per_epoch = math.ceil(samples / settings.batch_size)
+    least = 2 * int(fabric.world_size)
+    per_epoch = len(_batches(torch.arange(samples), settings.batch_size, least))
     for epoch in range(memory.epoch, settings.epochs):
         began, total = time.perf_counter(), 0.0
         model.train()
         order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed * 100_003 + epoch))[:samples]
-        for number, rows in enumerate(torch.split(order, settings.batch_size)):
+        for number, rows in enumerate(_batches(order, settings.batch_size, least)):
             place = epoch * per_epoch + number
             set_rate(optimiser, settings.rate_at(place / (settings.epochs * per_epoch)) * 0.5**memory.setbacks)
             total += stepper.batch(x, y, rows, place, epoch, augment or NoAugmentation(), seed) * rows.numel()
@@ -119,6 +120,15 @@ def fit(
         weight.data = weight.data.contiguous()
     model.to(home).eval()
     return FitReport(tuple(memory.history), memory.best_epoch, memory.best_score)
+
+
+def _batches(order: Tensor, size: int, least: int) -> list[Tensor]:
+    """Return the rows `order` in parts of `size`; a last one of fewer than `least` goes with the one before it.
+
+    A batch norm has nothing to say of one sample, and no process may be left without any.
+    """
+    parts = list(torch.split(order, size))
+    return parts if len(parts) < 2 or parts[-1].numel() >= least else [*parts[:-2], torch.cat(parts[-2:])]
 
 
 def _prepare(model: nn.Module, settings: FitSettings, device: torch.device) -> list[Tensor]:
