@@ -13,9 +13,9 @@ from maodun.core.errors import InputError
 
 NAMES = {
     "fgsm", "bim", "pgd", "mifgsm", "nifgsm", "lowfreq", "apgd", "apgd-t", "deepfool", "cw", "ddn", "fmn", "fab",
-    "square", "autoattack", "autoattack-plus", "autoattack-rand", "sharp", "stadv", "lavan", "rays", "hopskipjump", "nes",
-    "spsa", "simba", "bandits", "boundary", "geoda", "transfer", "dr", "nrdm", "ssp", "fia", "ila", "relation", "jsma",
-    "diffhammer", "diffattack",
+    "square", "autoattack", "autoattack-plus", "autoattack-rand", "sharp", "stadv", "lavan", "rays", "hopskipjump",
+    "nes", "spsa", "simba", "bandits", "boundary", "geoda", "transfer", "dr", "nrdm", "ssp", "fia", "ila", "relation",
+    "jsma", "diffhammer", "diffattack",
     "maxconf",
     "orthogonal",
 }  # fmt: skip
