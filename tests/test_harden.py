@@ -58,6 +58,8 @@ def test_the_command_says_before_and_after(tmp_path: Path, capsys: pytest.Captur
     assert "before: clean" in out
     assert "after: clean" in out
     assert "--weights" in out
+    assert run([*words, "--measure", "20", "--limit", "60", "--attack", "pgd", "--out", str(tmp_path), "-q"]) == 0
+    assert not capsys.readouterr().out
     assert run([*words[:5], "0.1,0.2"]) == 2
     assert "one radius" in capsys.readouterr().err
 

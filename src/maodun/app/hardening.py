@@ -39,6 +39,8 @@ def harden(
             watch.print("  ".join(f"{key} {value:.4g}" for key, value in line.items()))
 
     def measured(when: str, measure: Measure) -> None:
+        if quiet:
+            return
         clean, robust = (
             f"{100 * each.value:.1f} % [{100 * each.low:.1f}, {100 * each.high:.1f}]"
             for each in (measure.clean, measure.robust)

@@ -68,9 +68,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     thing, remedy = f"checkpoint '{path}'", "remove it, or start with --restart"
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way; what failed stands in the message
-        reason = f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:120]})"
-        raise InputError(thing, reason, remedy) from error
+    except Exception as error:  # a damaged file can fail in any way, seldom in words for its owner
+        raise InputError(thing, "cannot be read: it is damaged, or no checkpoint", remedy) from error
     if not isinstance(content, dict) or "signature" not in content:
         raise InputError(thing, "holds no training that could go on", remedy)
     return content
