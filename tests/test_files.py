@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
         file.write_bytes(content)
-        with pytest.raises(InputError, match=r"checkpoint '.*run.ckpt': cannot be read .*--restart"):
+        with pytest.raises(InputError, match=r"checkpoint '.*run.ckpt': cannot be read: it is damaged.*--restart"):
             load_checkpoint(file)
     with pytest.raises(InputError, match="no training that could go on"):
         load_checkpoint(save_whole(tmp_path / "other.pt", {"weights": torch.arange(3)}))
