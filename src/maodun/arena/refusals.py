@@ -20,17 +20,22 @@ def rejection(columns: Mapping[str, NDArray[Any]]) -> Rejection | None:
     clean = columns.get("clean_doubt")
     if clean is None or not len(clean) or not np.isfinite(clean.astype(float)).any():
         return None
-    from maodun.defenses.detection.metrics import auroc
+    from maodun.defenses.detection.metrics import auroc, risk_coverage
 
     attacked, right = columns["adv_doubt"], columns["clean_correct"]
     accepted, moved = clean <= 0, columns["distance_linf"] > 0
     area = auroc(torch.from_numpy(clean), torch.from_numpy(attacked[moved])) if moved.any() else None
+    covered, risk = risk_coverage(torch.from_numpy(clean[accepted]), torch.from_numpy(right[accepted]))
+    # Twenty points of the curve say what it has to say; the last is where the shield works.
+    places = np.unique(np.linspace(0, len(covered) - 1, 20).round().astype(int)) if len(covered) else []
     return Rejection(
         coverage=rate(int(accepted.sum()), len(clean)),
-        accuracy=rate(int(right.sum()), int(accepted.sum())),
+        # Of a stochastic shield an input may be right by the vote and yet doubted on average.
+        accuracy=rate(int((right & accepted).sum()), int(accepted.sum())),
         accepted=rate(int((attacked[moved] <= 0).sum()), int(moved.sum())),
         usable=rate(int((right & ~columns["success"]).sum()), len(clean)),
         auroc=area,
+        risk=[(float(covered[place]) * float(accepted.mean()), float(risk[place])) for place in places],
     )
 
 

@@ -33,7 +33,9 @@ class Rejection(_Data):
 
     `coverage` is the share of clean inputs it answers, `accuracy` how many of those it answers rightly, `accepted` the
     share of changed inputs it answers, `usable` the share of samples answered rightly without the attack and not fooled
-    by it, `auroc` how well its doubt tells changed inputs from clean ones (None when none was changed).
+    by it, `auroc` how well its doubt tells changed inputs from clean ones (None when none was changed). `risk` is the
+    risk-coverage curve of clean inputs as (coverage, share of mistakes among that share of them that is doubted least),
+    up to the coverage at which it works.
     """
 
     coverage: Rate
@@ -41,6 +43,7 @@ class Rejection(_Data):
     accepted: Rate
     usable: Rate
     auroc: float | None
+    risk: list[tuple[float, float]] = []
 
 
 class CellSummary(_Data):

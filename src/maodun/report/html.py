@@ -10,7 +10,7 @@ from importlib import metadata, resources
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from maodun.report import calibration, diagnosis, view, words
+from maodun.report import calibration, diagnosis, refusals, view, words
 from maodun.report.charts import Chart, reliability_charts, security_charts, style, styles, to_plotly
 from maodun.report.files import need, write_text
 from maodun.report.ladder import resubmission_charts
@@ -67,6 +67,9 @@ def report_html(summary: RunSummary, run_dir: str | Path, *, light: bool = False
         "calibration": calibration.lines(summary),
         "calibration_headers": calibration.HEADERS,
         "calibration_words": calibration.spelled,
+        "refusals": refusals.lines(summary),
+        "refusal_headers": refusals.HEADERS,
+        "refusal_words": refusals.spelled,
         "pictures": _albums(pictures),
         "pictures_missing": missing,
         "findings": words.merged(summary.findings),

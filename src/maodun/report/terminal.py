@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from maodun.report import calibration
+from maodun.report import calibration, refusals
 from maodun.report.ladder import ladder_tables
 from maodun.report.view import matrices
 from maodun.report.words import NOTHING, by_urgency, count, interval, number, percent, rate, shorter, threat
@@ -125,6 +125,18 @@ def calibration_table(summary: RunSummary) -> Table:
     return table
 
 
+def refusal_tables(summary: RunSummary) -> list[Table]:
+    """Return a table with a row per cell of a shield that may refuse to answer; none where all always answer."""
+    found = refusals.lines(summary)
+    if not found:
+        return []
+    table = _table("refusals, [95 %]", ("shield", "spear"), refusals.HEADERS)
+    for line in found:
+        table.add_row(Text(line.shield), Text(f"{line.spear} {line.threat}"), *map(Text, refusals.spelled(line)))
+    table.caption = "usable: answered rightly when clean and not fooled; AUROC: of doubt, changed against clean inputs"
+    return [table]
+
+
 def finding_line(finding: Finding) -> Text:
     """Return a finding as one line: level, where, the sentence and the next action."""
     where = finding.shield + (f" / {finding.spear}" if finding.spear else "")
@@ -142,8 +154,9 @@ def summary_view(
 ) -> Group:
     """Return everything a terminal shows about a run, ready for `Console.print`.
 
-    Cells (as a matrix per threat when `matrix`), calibration when `calibrated`, worst cases, why the plan chose its
-    gradients, and, when `findings`, those that ask for something, alarms first, with a count of the checks that passed.
+    Cells (as a matrix per threat when `matrix`), calibration when `calibrated`, refusals, worst cases, why the plan
+    chose its gradients, and, when `findings`, those that ask for something, alarms first, with a count of the checks
+    that passed.
     """
     parts: list[RenderableType] = []
     if summary.cells:
@@ -151,6 +164,7 @@ def summary_view(
     if calibrated:
         parts.append(calibration_table(summary))
     parts += ladder_tables(summary)
+    parts += refusal_tables(summary)
     parts += transfer_tables(summary)
     if summary.worst:
         parts.append(worst_table(summary))
