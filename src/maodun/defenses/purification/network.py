@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from maodun.core.errors import InputError
 from maodun.defenses.purification.denoiser import FORMS, Denoiser, to_eps
 from maodun.defenses.purification.levels import Levels, vp_discrete
+from maodun.defenses.purification.upsampling import fuse_upsampling
 
 Preconditioning = Literal["edm", "eps", "x0", "score", "velocity"]
 
@@ -112,9 +113,10 @@ class ScoreNetwork(Denoiser):
         return self.core.at(u, t, levels)
 
     def freeze(self) -> ScoreNetwork:
-        """Put it in evaluation mode with frozen weights laid out channels last, where convolutions are faster."""
+        """Put it in evaluation mode with frozen weights, arranged for speed: channels last, upsampling in one go."""
         super().freeze()
         self.core.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fuse_upsampling(self.core.unet)
         return self
 
     def need_range(self, levels: Levels, t: int) -> None:
