@@ -27,7 +27,7 @@ def rejection(columns: Mapping[str, NDArray[Any]]) -> Rejection | None:
     area = auroc(torch.from_numpy(clean), torch.from_numpy(attacked[moved])) if moved.any() else None
     covered, risk = risk_coverage(torch.from_numpy(clean[accepted]), torch.from_numpy(right[accepted]))
     # Twenty points of the curve say what it has to say; the last is where the shield works.
-    places = np.unique(np.linspace(0, len(covered) - 1, 20).round().astype(int)) if len(covered) else []
+    places: list[int] = sorted({round(place) for place in np.linspace(0, len(covered) - 1, 20)} if len(covered) else ())
     return Rejection(
         coverage=rate(int(accepted.sum()), len(clean)),
         # Of a stochastic shield an input may be right by the vote and yet doubted on average.
