@@ -257,6 +257,9 @@ class TestZoo:
         spec = ShieldSpec(model="zoo:digits-cnn", defense="diffusion_classifier", options={"scores": "zoo:a,zoo:b"})
         with pytest.raises(InputError, match="score network 'zoo:a': there is none of that name"):
             shield_model(spec, torch.device("cpu"), nn.Flatten())
+        spec = spec.model_copy(update={"options": {"scores": "zoo:score-digits+zoo:b"}})
+        with pytest.raises(InputError, match="score network 'zoo:b': there is none of that name"):
+            shield_model(spec, torch.device("cpu"), nn.Flatten())
 
     def test_wrong_options_are_refused(self, file: Path) -> None:
         with pytest.raises(InputError, match="did you mean 't_star'"):
@@ -407,3 +410,5 @@ def test_a_zoo_name_is_one_value_on_the_command_line() -> None:
         "name": "diffusion_filter",
         "options": {"score": "zoo:score-digits", "t_star": 0.2},
     }
+    parsed = parse_defenses("diffusion_classifier:scores=zoo:a+witness:b+c.safetensors:points=8")
+    assert parsed["options"] == {"scores": "zoo:a+witness:b+c.safetensors", "points": 8}

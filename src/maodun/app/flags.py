@@ -47,8 +47,8 @@ def parse_options(pairs: Sequence[str], *, thing: str) -> dict[str, Any]:
 
 def parse_named(text: str, *, thing: str) -> tuple[str, dict[str, Any]]:
     """Return name and options of "name:key=value:key=value", as in "pgd:steps=10:restarts=2" or "file:PATH:draws=3"."""
-    # The colon of a name such as score=zoo:score-mnist separates nothing.
-    name, *pairs = re.split(r"(?<!=zoo)(?<!=witness):", text)
+    # The colon of a name such as score=zoo:score-mnist separates nothing, nor does that of scores=zoo:a+zoo:b.
+    name, *pairs = re.split(r"(?<![=+]zoo)(?<![=+]witness):", text)
     if name.strip() == "file" and pairs:
         name, pairs = f"file:{pairs[0]}", pairs[1:]
     if not name.strip():

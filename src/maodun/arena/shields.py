@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,7 +97,7 @@ def build_part(part: DefensePart) -> Defense:
     if isinstance(options.get("scores"), str):
         from maodun.zoo.scores import find_score
 
-        options["scores"] = ",".join(find_score(each.strip()) for each in options["scores"].split(","))
+        options["scores"] = ",".join(find_score(each.strip()) for each in re.split("[,+]", options["scores"]))
     defense = build_defense(part.name, **options)
     if isinstance(defense, Quilting) and defense.source and not defense.bank.numel():
         from maodun.zoo import load_data
