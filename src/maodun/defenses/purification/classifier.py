@@ -31,7 +31,7 @@ class DiffusionClassifier(Defense):
     al., Robust Classification via a Single Diffusion Model, ICML 2024). `weight` edm: w = (tau^2 + s^2) / (tau s)^2
     times the density of tau in EDM's training, s = 0.5 (the source); likelihood: w = tau^-3, with which the logits are
     log p(x | y) + const for exact denoisers (the pointwise form of the I-MMSE relation). `scores` are the networks,
-    class by class: denoisers, or names that `load_score` takes separated by "," or "+". Behind `likelihood` in one stack
+    class by class: denoisers, or names of `load_score` separated by "," or "+". Behind `likelihood` in one stack
     it is the source's Robust Diffusion Classifier; there one network knows all classes, here each has its own, so it is
     for few classes. The exact gradient keeps the memory of one point. Costs classes x points evaluations. The
     classifier behind it is not asked. InputError for fewer than two networks, no points, a range of noise that is empty
