@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from maodun.core import context
 from maodun.core.errors import InputError
+from maodun.core.estimators import BPDA
 from maodun.core.streams import Stream
-from maodun.defenses import Defended
+from maodun.defenses import Defended, build_defense
+from maodun.defenses.ensembles import Committee
 from maodun.defenses.purification import CLEAN, SAMPLERS, Denoiser, DiffusionFilter, Levels
 from maodun.defenses.purification.gdmp import GDMP
 from maodun.defenses.purification.likelihood import LikelihoodMaximisation
@@ -238,3 +240,22 @@ def test_the_last_features_are_what_the_last_linear_layer_sees() -> None:
 def test_impossible_options_are_refused(build: Callable[[], object], word: str) -> None:
     with pytest.raises(InputError, match=word):
         build()
+
+
+@pytest.mark.parametrize("name", ["bit_depth", "jpeg_codec"])
+def test_what_guides_is_the_same_whoever_looks(name: str) -> None:
+    behind = build_defense(name).wrap(Victim().requires_grad_(False).eval())
+    shield = DistributionTransfer(Curved(), mode="conf", scale=2.0, steps=3).wrap(behind)
+    x = images().requires_grad_()
+    plain = run(shield, x)
+    with BPDA(every=False).around(shield):
+        seen = run(shield, x)
+        (grad,) = torch.autograd.grad(seen[:, 0].sum(), x)
+    assert torch.allclose(seen, plain, atol=1e-5)
+    assert bool((grad != 0).flatten(1).any(1).all())
+
+
+def test_votes_behind_have_nothing_to_say_to_the_guide() -> None:
+    committee = Committee([Victim().eval(), Victim().eval()], fusion="majority").requires_grad_(False)
+    guided = DistributionTransfer(Curved(), mode="conf", scale=2.0, steps=3).wrap(committee)
+    assert torch.equal(run(guided, images()), run(DiffusionFilter(Curved(), steps=3).wrap(committee), images()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -136,6 +137,22 @@ class BPDA:
             return _value_and_grads(port, x, index, heads, 1, self.members)
 
 
+_own: ContextVar[bool] = ContextVar("maodun_own_derivative", default=False)
+
+
+@contextmanager
+def own_derivative() -> Iterator[None]:
+    """Leave every module its own derivative, whatever an adversary takes in its place, while the context lasts.
+
+    For defences that differentiate what stands behind them: what they do must not depend on who is looking.
+    """
+    token = _own.set(True)
+    try:
+        yield
+    finally:
+        _own.reset(token)
+
+
 @contextmanager
 def straight_through(
     model: nn.Module, partners: Mapping[str, Callable[[Tensor], Tensor]], every: bool = True
@@ -145,8 +162,10 @@ def straight_through(
     With `every` False only those that declare themselves `broken`, besides the ones named in `partners`.
     """
 
-    def hook(partner: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-        def replace(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(partner: Callable[[Tensor], Tensor]) -> Callable[..., Tensor | None]:
+        def replace(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if _own.get():
+                return None
             smooth = partner(inputs[0])
             return smooth if getattr(module, "lifted", False) else smooth + (output - smooth).detach()
 

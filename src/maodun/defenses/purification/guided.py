@@ -54,10 +54,13 @@ def slope(objective: Tensor, at: Tensor) -> Tensor:
     """Return the gradient of every sample's objective (N,) at `at` (N x ...), itself differentiable.
 
     Objectives of different samples must not depend on each other, then their sum has each one's own gradient: no mean
-    over a batch, whose size would become a strength.
+    over a batch, whose size would become a strength. Zero where nothing of the objective has a derivative, as behind a
+    codec or a vote.
     """
-    (found,) = torch.autograd.grad(objective.sum(), at, create_graph=True)
-    return found
+    if not objective.requires_grad:
+        return torch.zeros_like(at)
+    (found,) = torch.autograd.grad(objective.sum(), at, create_graph=True, allow_unused=True)
+    return torch.zeros_like(at) if found is None else found
 
 
 def unit(direction: Tensor) -> Tensor:

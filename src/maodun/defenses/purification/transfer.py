@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from maodun.core import context
 from maodun.core.errors import InputError, nearest
+from maodun.core.estimators import own_derivative
 from maodun.defenses.preprocessing.base import DefenseSpec
 from maodun.defenses.purification.denoiser import Denoiser
 from maodun.defenses.purification.guided import Told, Watching, slope, unit, with_derivatives
@@ -123,7 +124,9 @@ class DistributionTransfer(Watching):
             u = state[0]
             eps: Tensor = self.denoiser(u, t, self.levels)
             x0 = (u - sigma * eps) / scale
-            aim = slope(self.objective(((x0 + 1.0) / 2.0).clamp(0.0, 1.0), guide), u if self.through else x0)
+            with own_derivative():
+                toward = self.objective(((x0 + 1.0) / 2.0).clamp(0.0, 1.0), guide)
+            aim = slope(toward, u if self.through else x0)
             after = self.sampler.step(Told(self.denoiser, u, t, eps), self.levels, state, t, s, noise)
             return (after[0] + self.scale * (sigma**2 - sigma_s**2) * unit(aim), *after[1:])
 
