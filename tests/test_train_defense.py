@@ -71,6 +71,17 @@ def test_a_random_defence_draws_by_seed_sample_and_step(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_an_inner_attack_meets_the_defence_too(tmp_path: Path) -> None:
+    inner = {"options": {"steps": 1}, "eps": 0.1}
+    more = {"data": {"spec": "digits", "limit": 60}, "fit": {"epochs": 1, "batch_size": 30}, "measure": {"limit": 20}}
+    attacked = recipe(defense="noise_layers", objective={"kind": "adversarial", "inner": inner}, select=inner, **more)
+    first = load_file(train(attacked, tmp_path / "a").weights)
+    plain = load_file(train(recipe(defense="noise_layers", **more), tmp_path / "b").weights)
+    again = load_file(train(attacked, tmp_path / "c").weights)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], plain[name]) for name in first)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

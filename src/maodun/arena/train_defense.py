@@ -49,6 +49,15 @@ class Keyed:
         """Whether the objective takes mixed pictures."""
         return takes_mixed(self.objective)
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what the objective has learnt; nothing of one that learns nothing."""
+        return self.objective.state() if isinstance(self.objective, Learning) else {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Give the objective back what it has learnt."""
+        if isinstance(self.objective, Learning):
+            self.objective.restore(state)
+
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the objective's loss of the batch."""
         with context.draw(Stream(self.seed, "train/defense"), batch.rows, torch.full_like(batch.rows, batch.step)):
@@ -58,11 +67,11 @@ class Keyed:
 def keyed(objective: Objective, recipe: TrainRecipe, seed: int) -> Objective:
     """Return the objective with keyed draws for the recipe's defence; itself without one.
 
-    InputError for an objective that keeps something from step to step, which a wrapper would hide.
+    InputError for an objective that replays its batches, which a wrapper would hide.
     """
     if recipe.defense is None:
         return objective
-    if isinstance(objective, Learning | Replaying):
+    if isinstance(objective, Replaying):
         name = type(objective).__name__
         raise InputError(f"defence '{recipe.defense.name}'", f"{name} trains behind none", "use kind adversarial")
     return Keyed(objective, seed)
