@@ -87,6 +87,4 @@ def test_bins_average_to_the_whole() -> None:
 def test_order_does_not_matter() -> None:
     probs, labels = random_predictions()
     order = torch.randperm(997, generator=torch.Generator().manual_seed(1))
-    assert calibrate(probs[order], labels[order]).ece == pytest.approx(
-        calibrate(probs, labels).ece, abs=1e-12
-    )
+    assert calibrate(probs[order], labels[order]).ece == pytest.approx(calibrate(probs, labels).ece, abs=1e-12)

@@ -167,6 +167,35 @@ class TestEquations:
             assert torch.allclose(objective.state()["means"][k], expected, atol=1e-12)
 
 
+class TestFixedNumbers:
+    """Values worked out by hand, with the public codes' own rounding terms, for two samples of three classes."""
+
+    clean = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], dtype=torch.float64)
+    adv = torch.tensor([[1.0, 0.5, 0.0], [0.2, 0.1, 0.0]], dtype=torch.float64)
+    y = torch.tensor([0, 1])
+
+    def test_trades_beta_6(self) -> None:
+        assert float(TRADES(moved, beta=6.0).of_logits(self.clean, self.adv, self.y)) == pytest.approx(
+            1.399382890, abs=1e-9
+        )
+
+    def test_mart_beta_5(self) -> None:
+        assert float(MART(moved, beta=5.0).of_logits(self.clean, self.adv, self.y)) == pytest.approx(
+            1.488808091, abs=1e-9
+        )
+
+    def test_awp_gamma_001(self) -> None:
+        # diag(3, 4) has norm 5; at x = (1, 0), y = 0 the gradient lies along ((-1, 0), (1, 0)): the gap loses 0.1/sqrt 2.
+        model = nn.Linear(2, 2, bias=False).double()
+        with torch.no_grad():
+            model.weight.copy_(torch.diag(torch.tensor([3.0, 4.0])))
+        x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+        objective = AWP(AdversarialTraining(lambda _model, batch: batch.x), gamma=0.01)
+        assert float(objective(model, Batch(x, torch.tensor([0]), torch.arange(1), 0))) == pytest.approx(
+            0.052056253, abs=1e-9
+        )
+
+
 class TestACE:
     def test_entropy_form(self) -> None:
         def loop(_: list[list[Tensor]], q: list[list[Tensor]]) -> Tensor:
