@@ -185,7 +185,7 @@ class TestFixedNumbers:
         )
 
     def test_awp_gamma_001(self) -> None:
-        # diag(3, 4) has norm 5; at x = (1, 0), y = 0 the gradient lies along ((-1, 0), (1, 0)): the gap loses 0.1/sqrt 2.
+        # diag(3, 4), norm 5; at x = (1, 0), y = 0 the gradient lies along ((-1, 0), (1, 0)): the gap loses .1/sqrt 2.
         model = nn.Linear(2, 2, bias=False).double()
         with torch.no_grad():
             model.weight.copy_(torch.diag(torch.tensor([3.0, 4.0])))
