@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from maodun.attacks.gradient.pgd import PGD
-from maodun.core.modes import affine_norms, evaluation_mode
+from maodun.core.modes import affine_norms, conv_weights_channels_last, evaluation_mode
 from maodun.core.oracle import Oracle
 from maodun.core.streams import Stream
 from maodun.core.threat import Threat
@@ -189,3 +189,13 @@ def test_an_attack_finds_the_same_with_and_without() -> None:
         slow = starts.run(Oracle(model, channels_last=False, surrogate=True), x, y, threat, check_model=False).x_adv
     assert torch.allclose(fast, slow, atol=1e-5)
     assert float((fast - x).flatten(1).norm(dim=1).min()) > 0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_first_convolution_hands_on_channels_last_whatever_its_input(channels: int) -> None:
+    model, x = nn.Conv2d(channels, 8, 3), torch.rand(4, channels, 8, 8)
+    assert not model(x).is_contiguous(memory_format=torch.channels_last)
+    strides = model.weight.stride()
+    with conv_weights_channels_last(model):
+        assert model(x).is_contiguous(memory_format=torch.channels_last)
+    assert model.weight.stride() == strides

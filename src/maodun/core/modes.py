@@ -40,7 +40,8 @@ def conv_weights_channels_last(model: nn.Module) -> Iterator[None]:
     kept = [(weight, weight.data) for weight in dict.fromkeys(weights)]
     try:
         for weight, data in kept:
-            weight.data = data.contiguous(memory_format=torch.channels_last)
+            # Not contiguous(): it leaves kernels of one channel with strides that do not say channels-last.
+            weight.data = data.to(memory_format=torch.channels_last)
         yield
     finally:
         for weight, data in kept:

@@ -117,7 +117,7 @@ def fit(
         fabric.barrier()
     model.load_state_dict(memory.best)
     for weight in laid_out:
-        weight.data = weight.data.contiguous()
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     model.to(home).eval()
     return FitReport(tuple(memory.history), memory.best_epoch, memory.best_score)
 
@@ -141,7 +141,7 @@ def _prepare(model: nn.Module, settings: FitSettings, device: torch.device) -> l
         weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
         laid_out = [weight for weight in dict.fromkeys(weights) if weight.is_contiguous()]
         for weight in laid_out:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            weight.data = weight.data.to(memory_format=torch.channels_last)
     if settings.compile is not None:
         # In place: the names of the weights stay, and inner attacks call the compiled model too.
         model.compile(backend=settings.compile)
