@@ -302,6 +302,16 @@ def cell(name: str, success: list[int], **about: Any) -> tuple[dict[str, Any], d
     return {**usual, "access": "gradient", **about}, columns
 
 
+def test_the_best_of_several_must_win_by_more() -> None:
+    expected = torch.zeros(64, dtype=torch.bool)
+    suspect = expected.clone()
+    suspect[:5] = True  # 5 against 0: p = 1/32
+    assert diagnostics._suspicion(suspect, expected) == ("alarm", 5, 0)
+    assert diagnostics._suspicion(suspect, expected, 4) == ("note", 5, 0)
+    suspect[:8] = True
+    assert diagnostics._suspicion(suspect, expected, 4) == ("alarm", 8, 0)
+
+
 def test_records_themselves_raise_suspicions() -> None:
     weak, strong = [0] * 20, [1] * 20
     assert cross_check([cell("pgd", strong), cell("fgsm", weak, steps=1), cell("square", weak, access="scores")]) == []
